@@ -1,0 +1,27 @@
+"""The one error a user can cause, and how it names what was asked and what is there."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import PurePath
+
+_LONGEST_QUOTE = 80
+
+
+class EstLoraError(ValueError):
+    """A user's mistake or an unusable file. Its text is one sentence: what was asked, what is there, what to do."""
+
+
+def quote(value: object) -> str:
+    """`value` as it may stand in a message: one line, in quotes, cut at 80 characters (a path keeps its end)."""
+    text = str(value)
+    if len(text) > _LONGEST_QUOTE:
+        text = f"...{text[-_LONGEST_QUOTE:]}" if isinstance(value, PurePath) else f"{text[:_LONGEST_QUOTE]}..."
+    return repr(text)
+
+
+def nearest(asked: str, there: Iterable[str], most: int = 3) -> list[str]:
+    """The names in `there` that look most like `asked`, best first, compared without regard to case."""
+    by_folded = {name.casefold(): name for name in there}
+    return [by_folded[name] for name in difflib.get_close_matches(asked.casefold(), by_folded, n=most, cutoff=0.4)]

@@ -1,0 +1,211 @@
+"""The plan: for every layer two updates, and who acts when. Computed once, before sampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from est_lora.config import AUTO, FusionConfig
+from est_lora.errors import EstLoraError, quote
+from est_lora.gate.energy import energy_balance, l1_balance, l1_norm, top_score
+from est_lora.gate.schedule import BOTH, NONE, STYLE, SUBJECT, Schedule, Segments, acting, always
+from est_lora.lora import LayerId, LoraFile, LowRankUpdate
+
+# Without a measured style discrepancy. K-LoRA's own: 0.5, and with the pattern s* 0.85 alpha.
+_BETA_UNMEASURED = 0.5
+_BETA_K_LORA_WRAPPED = 0.85
+# Energies beyond these come from no training: too small counts as zero, too large is refused.
+_LEAST_ENERGY, _MOST_ENERGY = 1e-60, 1e60
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPlan:
+    """What happens in one layer.
+
+    Attributes:
+        layer: which one.
+        subject, style: the two updates; None where a file doesn't have the layer.
+        gated: whether it is one of the layers that the gate decides.
+        energy_subject, energy_style: `||dW||_F^2` at strength 1; 0 where there is no update.
+        rho: `E_subject / (gamma * E_style)`; None where either is 0 or there is no gamma.
+        segments: who acts from which `tau` on; they cover [0, 1].
+    """
+
+    layer: LayerId
+    subject: LowRankUpdate | None
+    style: LowRankUpdate | None
+    gated: bool
+    energy_subject: float
+    energy_style: float
+    rho: float | None
+    segments: Segments
+
+    def acts(self, tau: float) -> str:
+        """Who acts at `tau`: `subject`, `style`, `both` or `none`."""
+        return acting(self.segments, tau)
+
+
+@dataclass(frozen=True, eq=False)
+class FusionPlan:
+    """Two files and a request, decided.
+
+    Attributes:
+        config: the request.
+        subject, style: the files.
+        beta: the number that was used for it.
+        balance: `gamma`; None where no gated layer has both updates.
+        layers: every UNet layer that either file has, in the order of the network.
+    """
+
+    config: FusionConfig
+    subject: LoraFile
+    style: LoraFile
+    beta: float
+    balance: float | None
+    layers: tuple[LayerPlan, ...]
+
+    @classmethod
+    def of(
+        cls, subject: LoraFile, style: LoraFile, config: FusionConfig, discrepancy: float | None = None
+    ) -> FusionPlan:
+        """Decides every layer.
+
+        Args:
+            subject, style: the files.
+            config: the knobs.
+            discrepancy: the measured style discrepancy `D`, which `beta = auto` uses.
+
+        Raises:
+            EstLoraError: a file changes nothing in the UNet, the two have no layer in common, or they are for
+                different models.
+        """
+        _check_has_updates(SUBJECT, subject)
+        _check_has_updates(STYLE, style)
+        _check_same_model(subject, style)
+        schedule = Schedule(config.alpha, _beta(config, discrepancy), config.lean, config.pattern)
+        layers = sorted(subject.updates.keys() | style.updates.keys(), key=lambda layer: layer.order)
+        pairs = [_Pair.of(subject.updates.get(layer), style.updates.get(layer)) for layer in layers]
+        gated = [config.layers == "all" or layer.is_attention for layer in layers]
+        balance = _balance([pair for pair, is_gated in zip(pairs, gated) if is_gated and pair.both], config)
+        plans = []
+        for layer, pair, is_gated in zip(layers, pairs, gated):
+            rho = _rho(pair, balance, config)
+            segments = _segments(pair, is_gated, rho, schedule, config)
+            plans.append(LayerPlan(layer, pair.subject, pair.style, is_gated, *pair.energies, rho, segments))
+        return cls(config, subject, style, schedule.beta, balance, tuple(plans))
+
+    @property
+    def schedule(self) -> Schedule:
+        """The style pressure that decided it."""
+        return Schedule(self.config.alpha, self.beta, self.config.lean, self.config.pattern)
+
+    @property
+    def only_subject(self) -> list[str]:
+        """Names of layers that the style file doesn't have."""
+        return [plan.layer.name for plan in self.layers if plan.style is None]
+
+    @property
+    def only_style(self) -> list[str]:
+        """Names of layers that the subject file doesn't have."""
+        return [plan.layer.name for plan in self.layers if plan.subject is None]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a user should know of the files: one sentence each."""
+        return [*self.subject.remarks, *self.style.remarks]
+
+
+class _Pair(NamedTuple):
+    """One layer's two updates, and their energies."""
+
+    subject: LowRankUpdate | None
+    style: LowRankUpdate | None
+    energies: tuple[float, float]
+
+    @classmethod
+    def of(cls, subject: LowRankUpdate | None, style: LowRankUpdate | None) -> _Pair:
+        return cls(subject, style, (_energy(subject), _energy(style)))
+
+    @property
+    def both(self) -> tuple[LowRankUpdate, LowRankUpdate] | None:
+        """The two updates, where both change the layer."""
+        return (self.subject, self.style) if self.subject and self.style and min(self.energies) > 0 else None
+
+
+def _energy(update: LowRankUpdate | None) -> float:
+    energy = update.energy() if update else 0.0
+    return energy if energy > _LEAST_ENERGY else 0.0
+
+
+def _balance(gated: list[_Pair], config: FusionConfig) -> float | None:
+    if not gated:
+        return None
+    if config.balance == "energy" and config.method != "k-lora":
+        return energy_balance([pair.energies for pair in gated])
+    return l1_balance([(l1_norm(pair.both[0]), l1_norm(pair.both[1])) for pair in gated if pair.both])
+
+
+def _rho(pair: _Pair, balance: float | None, config: FusionConfig) -> float | None:
+    if pair.both is None or balance is None:
+        return None
+    subject, style = pair.energies
+    if config.method == "k-lora":
+        count = pair.both[0].rank * pair.both[1].rank
+        subject, style = (top_score(update, count) for update in pair.both)
+    return subject / (balance * style)
+
+
+def _segments(pair: _Pair, gated: bool, rho: float | None, schedule: Schedule, config: FusionConfig) -> Segments:
+    has = {SUBJECT: pair.energies[0] > 0, STYLE: pair.energies[1] > 0}
+    if config.method in has:
+        return always(config.method if has[config.method] else NONE)
+    if not gated and config.method != "sum" and config.other == "off":
+        return always(NONE)
+    if not all(has.values()):
+        return always(next((name for name, there in has.items() if there), NONE))
+    return always(BOTH) if rho is None or not gated or config.method == "sum" else schedule.segments(rho)
+
+
+def _beta(config: FusionConfig, discrepancy: float | None) -> float:
+    if isinstance(config.beta, float):
+        return config.beta
+    if config.method == "k-lora":
+        return _BETA_K_LORA_WRAPPED * config.alpha if config.pattern == "s*" else _BETA_UNMEASURED
+    return _BETA_UNMEASURED if discrepancy is None else discrepancy
+
+
+def _check_has_updates(role: str, file: LoraFile) -> None:
+    name = quote(file.path.name)
+    if not file.updates:
+        if file.text_encoder:
+            holds = f"only a text-encoder part ({len(file.text_encoder)} layers)"
+        elif file.unsupported:
+            holds = f"only layers of kinds that can't be applied yet ({', '.join(file.kinds)})"
+        else:
+            holds = "no tensor that is known from a LoRA"
+        raise EstLoraError(f"{name} can't be the {role}: it holds {holds}, and a fusion happens in the UNet.")
+    for layer, update in file.updates.items():
+        if update.energy() > _MOST_ENERGY:
+            raise EstLoraError(f"{name} is damaged: its update of {layer.name} is too large to be a LoRA's.")
+
+
+def _check_same_model(subject: LoraFile, style: LoraFile) -> None:
+    names = f"{quote(subject.path.name)} and {quote(style.path.name)}"
+    if subject.base_model and style.base_model and subject.base_model != style.base_model:
+        raise EstLoraError(
+            f"{names} are for different models, {subject.base_model} and {style.base_model}: choose two for the same one."
+        )
+    common = [layer for layer in subject.updates if layer in style.updates]
+    if not common:
+        raise EstLoraError(f"{names} have no layer of the UNet in common, so there is nothing to choose between.")
+    for layer in common:
+        shapes = subject.updates[layer].shape, style.updates[layer].shape
+        if shapes[0] != shapes[1]:
+            raise EstLoraError(
+                f"{names} are for different models: {layer.name} is {_by(shapes[0])} in one and {_by(shapes[1])} in the"
+                " other; choose two for the same one."
+            )
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
