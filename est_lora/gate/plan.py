@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from est_lora.config import AUTO, FusionConfig
+from est_lora.config import FusionConfig
 from est_lora.errors import EstLoraError, quote
 from est_lora.gate.energy import energy_balance, l1_balance, l1_norm, top_score
 from est_lora.gate.schedule import BOTH, NONE, STYLE, SUBJECT, Schedule, Segments, acting, always
@@ -71,7 +71,8 @@ class FusionPlan:
         """Decides every layer.
 
         Args:
-            subject, style: the files.
+            subject: one file.
+            style: the other.
             config: the knobs.
             discrepancy: the measured style discrepancy `D`, which `beta = auto` uses.
 
@@ -133,7 +134,7 @@ class _Pair(NamedTuple):
 
 
 def _energy(update: LowRankUpdate | None) -> float:
-    energy = update.energy() if update else 0.0
+    energy = update.energy if update else 0.0
     return energy if energy > _LEAST_ENERGY else 0.0
 
 
@@ -185,7 +186,7 @@ def _check_has_updates(role: str, file: LoraFile) -> None:
             holds = "no tensor that is known from a LoRA"
         raise EstLoraError(f"{name} can't be the {role}: it holds {holds}, and a fusion happens in the UNet.")
     for layer, update in file.updates.items():
-        if update.energy() > _MOST_ENERGY:
+        if update.energy > _MOST_ENERGY:
             raise EstLoraError(f"{name} is damaged: its update of {layer.name} is too large to be a LoRA's.")
 
 
@@ -193,7 +194,7 @@ def _check_same_model(subject: LoraFile, style: LoraFile) -> None:
     names = f"{quote(subject.path.name)} and {quote(style.path.name)}"
     if subject.base_model and style.base_model and subject.base_model != style.base_model:
         raise EstLoraError(
-            f"{names} are for different models, {subject.base_model} and {style.base_model}: choose two for the same one."
+            f"{names} are for different models, {subject.base_model} and {style.base_model}: choose two for the same."
         )
     common = [layer for layer in subject.updates if layer in style.updates]
     if not common:
@@ -203,7 +204,7 @@ def _check_same_model(subject: LoraFile, style: LoraFile) -> None:
         if shapes[0] != shapes[1]:
             raise EstLoraError(
                 f"{names} are for different models: {layer.name} is {_by(shapes[0])} in one and {_by(shapes[1])} in the"
-                " other; choose two for the same one."
+                " other; choose two for the same."
             )
 
 

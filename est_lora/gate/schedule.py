@@ -48,17 +48,13 @@ class Schedule(NamedTuple):
         # S rises from `low`, falls to 0 at `wrap`, and rises to `low` again at tau = 1.
         low = math.fmod(self.beta, self.alpha)
         wrap = 1.0 - low / self.alpha
-        again = wrap + level / self.alpha
-        if level > low:  # the second rise ends below the level
-            again = math.inf
-        elif level <= low:
-            again = min(again, 1.0)
+        again = min(wrap + level / self.alpha, 1.0) if level <= low else math.inf
         return _merged(
             [(0.0, SUBJECT), (min((level - low) / self.alpha, wrap), STYLE), (wrap, SUBJECT), (again, STYLE)]
         )
 
     def _leaned(self, pressure: float) -> float:
-        return pressure * 4.0**self.lean
+        return float(pressure * 4.0**self.lean)
 
 
 def always(acts: str) -> Segments:
@@ -72,12 +68,9 @@ def acting(segments: Sequence[Segment], tau: float) -> str:
 
 
 def _merged(steps: list[tuple[float, str]]) -> Segments:
-    """Segments of [0, 1] from consecutive (start, acts): starts clipped, empty ones dropped, equal neighbours joined."""
+    """Segments of [0, 1] from (start, acts) in order: starts clipped, empty ones dropped, equal neighbours joined."""
     kept: list[Segment] = []
-    for start, acts in steps:
-        start = max(start, 0.0)
-        if start > 1.0:
-            continue
+    for start, acts in ((max(start, 0.0), acts) for start, acts in steps if start <= 1.0):
         while kept and kept[-1].start >= start:
             kept.pop()
         if not kept or kept[-1].acts != acts:

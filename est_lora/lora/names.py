@@ -23,7 +23,7 @@ _LEAF: Tree = {}
 
 
 def _leaves(*names: str) -> dict[str, Tree]:
-    return {name: _LEAF for name in names}
+    return dict.fromkeys(names, _LEAF)
 
 
 def _each(tree: Tree) -> Tree:
@@ -272,7 +272,7 @@ def _from_original(path: list[str], layout: UNetLayout) -> str | None:
 def _in_block(block: str, index: int, leaf: str) -> str | None:
     if leaf in _ORIGINAL_LEAVES:
         return f"{block}.resnets.{index}.{_ORIGINAL_LEAVES[leaf]}"
-    if leaf.split(".")[0] in _TRANSFORMER:
+    if leaf.partition(".")[0] in _TRANSFORMER:
         return f"{block}.attentions.{index}.{leaf}"
     return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class LowRankUpdate:
         kernel = tuple(self.down.shape[2:])
         return (self.up.shape[0], self.down.shape[1], *(kernel if math.prod(kernel) > 1 else ()))
 
+    @cached_property
     def energy(self) -> float:
         """`||dW||_F^2` by two rank x rank Gram matrices: `sum((up^T up) * (down down^T)) * scale^2`.
 

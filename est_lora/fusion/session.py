@@ -1,0 +1,139 @@
+"""The session: a plan carried out on a model, one noise level at a time."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from bisect import bisect_right
+from collections.abc import Sequence
+from types import TracebackType
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from est_lora.errors import EstLoraError
+from est_lora.fusion.branch import BranchLayer, remove_branches
+from est_lora.gate import NONE, FusionPlan, LayerPlan, Segment
+
+log = logging.getLogger(__name__)
+
+# torch.compile hangs the model it compiled below this name.
+_COMPILED = "_orig_mod."
+
+
+class FusionSession:
+    """Carries out `plan` on `model`: `attach()`, `at(tau)` before each call of the model, `detach()`.
+
+    Nothing of the model is changed but forward hooks, and those are gone after `detach()`, after the `with` block
+    (however it ends), and when the session is garbage-collected.
+    """
+
+    def __init__(self, model: nn.Module, plan: FusionPlan) -> None:
+        """`model` is the UNet; its modules carry the names that diffusers gives them."""
+        self.model = model
+        self.plan = plan
+        self.tau: float | None = None
+        self.missing: tuple[str, ...] = ()
+        self._layers: list[tuple[BranchLayer, LayerPlan, nn.Module]] = []
+        self._starts: list[float] = []
+        self._interval: int | None = None
+        self._release: weakref.finalize | None = None  # type: ignore[type-arg]
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model runs with this session's plan: not before `attach`, nor once another has taken its place."""
+        if self._release is None or not self._release.alive:
+            return False
+        return all(layer.hangs_on(module) for layer, _, module in self._layers[:1])
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a user should know: of the files, and of layers that this model doesn't have."""
+        said = self.plan.remarks
+        if self.missing:
+            count = len(self.missing)
+            said.append(f"{count} layers of the files aren't in this model and are left out, e.g. {self.missing[0]}.")
+        return said
+
+    def attach(self) -> None:
+        """Hangs the hooks on the model, in place of any that an earlier session left there. Nothing acts before `at`.
+
+        Raises:
+            EstLoraError: an update's shape isn't its layer's, or the model has none of the layers. Nothing is attached.
+        """
+        self.detach()
+        layers = self._matched()
+        if stale := remove_branches(self.model):
+            log.warning("An earlier fusion was still on this model (%d layers); it has been taken off.", stale)
+        handles: list[RemovableHandle] = []
+        # Registered before the first hook hangs: an interrupt in the loop leaves none behind.
+        self._release = weakref.finalize(self, _remove, handles)
+        try:
+            for layer, _, module in layers:
+                handles.append(module.register_forward_hook(layer))
+        except BaseException:
+            self.detach()
+            raise
+        self._layers = layers
+        self._starts = sorted({segment.start for _, plan, _ in layers for segment in plan.segments})
+        self._interval = None
+
+    def at(self, tau: float) -> None:
+        """The model is about to be called at progress `tau` in [0, 1].
+
+        Raises:
+            EstLoraError: the session isn't attached.
+        """
+        if not self.attached:
+            raise EstLoraError("This fusion session isn't attached to its model: call attach() first.")
+        self.tau = tau
+        interval = bisect_right(self._starts, tau)
+        if interval != self._interval:
+            for layer, plan, _ in self._layers:
+                layer.activate(plan.acts(tau))
+            self._interval = interval
+
+    def detach(self) -> None:
+        """Leaves the model as it was. May be called at any time, and again."""
+        if self._release is not None:
+            self._release()
+        self._layers = []
+
+    def __enter__(self) -> FusionSession:
+        self.attach()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def _matched(self) -> list[tuple[BranchLayer, LayerPlan, nn.Module]]:
+        modules = {name.replace(_COMPILED, ""): module for name, module in self.model.named_modules()}
+        config = self.plan.config
+        matched, missing = [], []
+        for plan in self.plan.layers:
+            if not _ever_acts(plan.segments):
+                continue
+            module = modules.get(plan.layer.name)
+            if module is None:
+                missing.append(plan.layer.name)
+            else:
+                layer = BranchLayer(plan, module, config.subject_weight, config.style_weight)
+                matched.append((layer, plan, module))
+        if missing and not matched:
+            raise EstLoraError(
+                f"None of the {len(missing)} layers that the two LoRAs change is in this model, e.g. {missing[0]}:"
+                " choose LoRAs that were made for it."
+            )
+        self.missing = tuple(missing)
+        return matched
+
+
+def _ever_acts(segments: Sequence[Segment]) -> bool:
+    return any(segment.acts != NONE for segment in segments)
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    while handles:
+        handles.pop().remove()
