@@ -60,9 +60,10 @@ class BranchLayer:
         while isinstance(wrapped := getattr(inner, "base_layer", None), nn.Module):  # a user's own peft adapter
             inner = wrapped
         shape = module_shape(inner)
+        used = {segment.acts for segment in plan.segments}
         self._terms: dict[str, tuple[Term, ...]] = {}
         for acts, update, weight in ((SUBJECT, plan.subject, subject_weight), (STYLE, plan.style, style_weight)):
-            if update is None:
+            if update is None or not used & {acts, BOTH}:
                 continue
             if update.shape != shape:
                 raise EstLoraError(

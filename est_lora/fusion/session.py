@@ -41,7 +41,7 @@ class FusionSession:
 
     @property
     def attached(self) -> bool:
-        """Whether the model runs with this session's plan: not before `attach`, nor once another has taken its place."""
+        """Whether the model runs with this plan: not before `attach`, nor once another session took its place."""
         if self._release is None or not self._release.alive:
             return False
         return all(layer.hangs_on(module) for layer, _, module in self._layers[:1])
@@ -73,6 +73,7 @@ class FusionSession:
                 handles.append(module.register_forward_hook(layer))
         except BaseException:
             self.detach()
+            remove_branches(self.model)  # an interrupt may fall between hanging a hook and noting its handle
             raise
         self._layers = layers
         self._starts = sorted({segment.start for _, plan, _ in layers for segment in plan.segments})

@@ -224,9 +224,9 @@ def read_name(text: str, layout: UNetLayout) -> Name | None:
     return None
 
 
-def _walk(text: str, tree: Tree, separator: str) -> list[str] | None:
-    """`text` split along `tree`, or None where no path of the tree spells it."""
-    if not text:
+def _walk(text: str | None, tree: Tree, separator: str) -> list[str] | None:
+    """`text` (None: nothing is left) split along `tree`, or None where no path of the tree spells it."""
+    if text is None:
         return [] if tree is _LEAF or _END in tree else None
     for token, rest in _first_tokens(text, tree, separator):
         branch = tree[_INDEX if token.isdigit() else token]
@@ -235,13 +235,17 @@ def _walk(text: str, tree: Tree, separator: str) -> list[str] | None:
     return None
 
 
-def _first_tokens(text: str, tree: Tree, separator: str) -> Iterator[tuple[str, str]]:
-    head, _, rest = text.partition(separator)
+def _first_tokens(text: str, tree: Tree, separator: str) -> Iterator[tuple[str, str | None]]:
+    head, more, rest = text.partition(separator)
     # No UNet has a hundred thousand of anything; a number is spelt as it is printed: not 01, not a superscript.
     if _INDEX in tree and len(head) < 6 and head.isascii() and head.isdigit() and head == str(int(head)):
-        yield head, rest
+        yield head, rest if more else None
     for token in tree:
-        if token not in (_INDEX, _END) and (text == token or text.startswith(token + separator)):
+        if token in (_INDEX, _END):
+            continue
+        if text == token:
+            yield token, None
+        elif text.startswith(token + separator):
             yield token, text[len(token) + len(separator) :]
 
 

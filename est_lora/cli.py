@@ -1,0 +1,219 @@
+"""The command line: `est-lora demo`, `est-lora inspect`, `est-lora generate`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from est_lora import __version__
+from est_lora.config import FIELDS, FusionConfig
+from est_lora.errors import EstLoraError, quote
+
+_EXIT_BAD_INPUT, _EXIT_INTERRUPTED = 2, 130
+_FILES = ("subject", "style")
+_SIZE = re.compile(r"(\d{1,5})(?:x(\d{1,5}))?")
+_NEEDS_DEMO = "needs packages that aren't installed ({}): pip install 'est-lora[demo]'"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence instead of two paragraphs."""
+
+    def error(self, message: str) -> NoReturn:
+        raise EstLoraError(f"{message}; see {self.prog} --help.")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0, 2 for what a user can mend (one sentence on stderr), 130 for Ctrl-C."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would remark on packages that nobody here needs
+    logging.basicConfig(format="est-lora: %(message)s", level=logging.WARNING)
+    try:
+        args = _parser().parse_args(arguments)
+        args.run(args)
+    except EstLoraError as error:
+        print(f"est-lora: {error}", file=sys.stderr)
+        return _EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("est-lora: interrupted.", file=sys.stderr)
+        return _EXIT_INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="est-lora",
+        allow_abbrev=False,
+        description="Fuses a subject LoRA with a style LoRA while the picture is made: in each layer, at each noise"
+        " level, a gate picks one of the two.",
+    )
+    parser.add_argument("--version", action="version", version=f"est-lora {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+
+    demo = commands.add_parser("demo", help="draw a contact sheet with the embedded model", allow_abbrev=False)
+    demo.description = "Draws the same seeds with the embedded model: base, each LoRA alone, their sum, EST-LoRA."
+    _add_output(demo, "est-lora-demo")
+    demo.add_argument("--seed", default="0", metavar="N", help="seed of the first picture (default 0)")
+    demo.set_defaults(run=_demo)
+
+    inspect = commands.add_parser("inspect", help="what two files hold, and what they will do", allow_abbrev=False)
+    inspect.description = "Shows what is in two LoRA files and which of them acts where and when. Needs no model."
+    for name in _FILES:
+        inspect.add_argument(name, metavar=name.upper(), help=f"the {name}'s .safetensors file")
+    inspect.add_argument("--plot", metavar="MAP.png", help="also draw the gate map")
+    inspect.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    _add_knobs(inspect)
+    inspect.set_defaults(run=_inspect)
+
+    generate = commands.add_parser("generate", help="make pictures with a model of yours", allow_abbrev=False)
+    generate.description = "Makes pictures with a Stable Diffusion 1, 2 or XL model in diffusers' folder format."
+    generate.add_argument("--model", required=True, metavar="FOLDER", help="the model's folder (has model_index.json)")
+    for name in _FILES:
+        generate.add_argument(f"--{name}", required=True, metavar="FILE", help=f"the {name}'s .safetensors file")
+    generate.add_argument("--prompt", required=True, metavar="TEXT", help="what to draw")
+    generate.add_argument("--negative", default="", metavar="TEXT", help="what to keep away from")
+    generate.add_argument("--steps", default="28", metavar="N", help="sampling steps (default 28)")
+    generate.add_argument("--guidance", default="7", metavar="X", help="guidance scale (default 7)")
+    generate.add_argument("--seed", default="0", metavar="N", help="seed; the next picture takes the next (default 0)")
+    generate.add_argument("--count", default="1", metavar="N", help="how many pictures (default 1)")
+    generate.add_argument("--size", metavar="WxH", help="pixels, e.g. 768x512 or 512 (default: the model's own)")
+    generate.add_argument("--scheduler", metavar="NAME", help="e.g. euler, dpm++2m, ddim (default: the model's own)")
+    generate.add_argument("--device", metavar="NAME", help="e.g. cuda, mps, cpu (default: the fastest there is)")
+    generate.add_argument("--dtype", metavar="TYPE", help="float32, float16 or bfloat16 (default: float16 on cuda)")
+    _add_output(generate, "est-lora-out")
+    _add_knobs(generate)
+    generate.set_defaults(run=_generate)
+    return parser
+
+
+def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "-o", "--output", default=default, metavar="DIR", help=f"folder for the pictures (default {default})"
+    )
+
+
+def _add_knobs(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("knobs of the fusion")
+    for field in FIELDS:
+        if field.key not in _FILES:
+            explained = f"{field.help} ({field.range}; default {field.default})".replace("%", "%%")
+            metavar = "WORD" if field.choices else "X"
+            group.add_argument(field.flag, dest=field.key, default=None, metavar=metavar, help=explained)
+
+
+def _config(args: argparse.Namespace) -> FusionConfig:
+    given = {field.key: getattr(args, field.key) for field in FIELDS}
+    return FusionConfig.of({key: value for key, value in given.items() if value is not None})
+
+
+def _whole(args: argparse.Namespace, name: str, low: int, high: int) -> int:
+    text = getattr(args, name)
+    if not re.fullmatch(r"\d{1,20}", text) or not low <= int(text) <= high:
+        raise EstLoraError(f"--{name} can't be {quote(text)}: it is a whole number from {low} to {high}.")
+    return int(text)
+
+
+def _output(args: argparse.Namespace) -> Path:
+    folder = Path(args.output)
+    if folder.exists() and not folder.is_dir():
+        raise EstLoraError(f"The pictures can't go to {quote(folder)}: that is a file; give a folder with -o.")
+    return folder
+
+
+def _demo(args: argparse.Namespace) -> None:
+    seed, folder = _whole(args, "seed", 0, 2**63), _output(args)
+    try:
+        from est_lora.demo.show import demo
+    except ImportError as error:
+        raise EstLoraError("The demo " + _NEEDS_DEMO.format(error.name)) from error
+    for path in demo(folder, seed):
+        print(path)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from est_lora import report
+    from est_lora.gate import FusionPlan
+    from est_lora.lora import LoraFile
+
+    config = _config(args)
+    subject, style = (LoraFile.load(path) for path in config.pair())
+    plan = FusionPlan.of(subject, style, config)
+    text = json.dumps(report.to_json(plan), indent=1, allow_nan=False) if args.json else report.table(plan)
+    if args.plot:
+        _save_map(plan, Path(args.plot))
+    print(text)
+
+
+def _save_map(plan: Any, path: Path) -> None:
+    try:
+        from est_lora.plot import gate_map
+
+        gate_map(plan).savefig(path)
+    except ImportError as error:
+        raise EstLoraError("The gate map " + _NEEDS_DEMO.format(error.name)) from error
+    except (OSError, ValueError) as error:  # no such folder, or an ending that matplotlib can't write
+        raise EstLoraError(f"The gate map can't be written to {quote(path)}: {error}") from error
+
+
+def _generate(args: argparse.Namespace) -> None:
+    config, folder = _config(args), _output(args)
+    steps, count = _whole(args, "steps", 1, 1000), _whole(args, "count", 1, 100_000)
+    seed, guidance, size = _whole(args, "seed", 0, 2**63), _guidance(args.guidance), _size(args.size)
+    try:
+        import torch
+
+        from est_lora.hosts import diffusers_loading as loading
+        from est_lora.hosts.diffusers import fuse, load_plan
+    except ImportError as error:
+        raise EstLoraError("generate " + _NEEDS_DEMO.format(error.name)) from error
+    load_plan(config)  # says what is wrong with the files before minutes go into loading the model
+    pipe = loading.load_pipeline(Path(args.model), *loading.device_and_dtype(args.device, args.dtype))
+    if args.scheduler:
+        loading.set_scheduler(pipe, args.scheduler)
+    with fuse(pipe, **dataclasses.asdict(config)):
+        for index in range(count):
+            pipe.set_progress_bar_config(desc=f"picture {index + 1} of {count}")
+            picture = pipe(
+                args.prompt,
+                negative_prompt=args.negative,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=torch.Generator().manual_seed(seed + index),
+                **size,
+            ).images[0]
+            print(_save(picture, folder, seed + index))
+
+
+def _save(picture: Any, folder: Path, seed: int) -> Path:
+    """Writes a picture under the next free number, so that none is overwritten."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = (int(path.name.partition("-")[0]) for path in folder.glob("[0-9]*-*.png"))
+    path = folder / f"{max(numbers, default=-1) + 1:05d}-{seed}.png"
+    picture.save(path)
+    return path
+
+
+def _guidance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 100:
+        raise EstLoraError(f"--guidance can't be {quote(text)}: it is a number from 0 to 100.")
+    return value
+
+
+def _size(text: str | None) -> dict[str, int]:
+    if text is None:
+        return {}
+    found = _SIZE.fullmatch(text)
+    width, height = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not all(8 <= side <= 8192 and side % 8 == 0 for side in (width, height)):
+        raise EstLoraError(f"--size can't be {quote(text)}: it is WIDTHxHEIGHT or SIDE in pixels, multiples of 8.")
+    return {"width": width, "height": height}

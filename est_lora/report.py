@@ -1,0 +1,124 @@
+"""A plan put into words: the JSON object, the table, and one line for people."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+from est_lora.gate import NONE, STYLE, SUBJECT, FusionPlan, LayerPlan
+from est_lora.lora import LoraFile
+
+
+def to_json(plan: FusionPlan) -> dict[str, Any]:
+    """The plan as plain data; what `est-lora inspect --json` prints."""
+    return {
+        "subject": _file(plan.subject),
+        "style": _file(plan.style),
+        "config": dataclasses.asdict(plan.config),
+        "beta_used": plan.beta,
+        "balance": plan.balance,
+        "layers": [_layer(layer) for layer in plan.layers],
+        "only_subject": plan.only_subject,
+        "only_style": plan.only_style,
+    }
+
+
+def summary(plan: FusionPlan) -> str:
+    """What the pair will do, in one line."""
+    gated = [layer for layer in plan.layers if layer.gated]
+    said = []
+    switching = sorted(layer.segments[1].start for layer in gated if _pattern(layer) == (SUBJECT, STYLE))
+    if switching:
+        middle = switching[len(switching) // 2]
+        said.append(
+            f"{len(switching)} of {len(gated)} gated layers begin with the subject and go over to the style"
+            f" between {switching[0]:.0%} and {switching[-1]:.0%} of the way, half of them by {middle:.0%}"
+        )
+    counts = Counter(_pattern(layer) for layer in gated)
+    for acts, count in counts.most_common():
+        if len(acts) == 1:
+            where = "use neither" if acts[0] == NONE else f"use {'both' if acts[0] == 'both' else 'the ' + acts[0]}"
+            said.append(f"{count} {where} throughout")
+        elif acts != (SUBJECT, STYLE):
+            said.append(f"{count} go {' - '.join(acts)}")
+    if ungated := len(plan.layers) - len(gated):
+        others = Counter(layer.segments[0].acts for layer in plan.layers if not layer.gated)
+        said.append(f"{ungated} other layers: " + ", ".join(f"{count} {acts}" for acts, count in others.most_common()))
+    return "; ".join(said) + "."
+
+
+def table(plan: FusionPlan) -> str:
+    """Both files, the pair, and a row a layer, as text."""
+    balance = "none (no gated layer has both)" if plan.balance is None else f"{plan.balance:.6g}"
+    config = plan.config
+    lines = [
+        *_described("subject", plan.subject),
+        *_described("style", plan.style),
+        "",
+        f"method {config.method} - balance {balance} - style pressure {_pressure(plan)}",
+        f"{summary(plan)}",
+        "",
+        *_columns([("layer", "E subject", "E style", "rho", "who acts"), *map(_row, plan.layers)]),
+    ]
+    return "\n".join(lines)
+
+
+def _file(file: LoraFile) -> dict[str, Any]:
+    return {
+        "path": str(file.path),
+        "sha256": file.sha256,
+        "convention": file.convention,
+        "kinds": file.kinds,
+        "ranks": file.ranks,
+        "unet_layers": file.unet_layers,
+        "text_encoder_layers": file.text_encoder_layers,
+        "unknown_keys": list(file.unknown_keys),
+    }
+
+
+def _layer(plan: LayerPlan) -> dict[str, Any]:
+    return {
+        "name": plan.layer.name,
+        "gated": plan.gated,
+        "energy_subject": plan.energy_subject,
+        "energy_style": plan.energy_style,
+        "rho": plan.rho,
+        "segments": [[segment.start, segment.acts] for segment in plan.segments],
+    }
+
+
+def _described(role: str, file: LoraFile) -> list[str]:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in file.kinds.items())
+    ranks = ", ".join(map(str, file.ranks)) or "-"
+    model = f" - for {file.base_model}" if file.base_model else ""
+    text = f"{file.text_encoder_layers} text-encoder layers" if file.text_encoder_layers else "no text-encoder part"
+    return [
+        f"{role:8} {file.path}",
+        f"{'':8} {file.convention} - {kinds} - rank {ranks} - {file.unet_layers} UNet layers, {text}{model}",
+        *(f"{'':8} {remark}" for remark in file.remarks),
+    ]
+
+
+def _pressure(plan: FusionPlan) -> str:
+    rising = f"{plan.config.alpha:g} tau + {plan.beta:.4g}"
+    if plan.config.pattern == "s*":
+        rising = f"({rising}) mod {plan.config.alpha:g}"
+    return f"({rising}) * 4^{plan.config.lean:g}" if plan.config.lean else rising
+
+
+def _row(plan: LayerPlan) -> tuple[str, ...]:
+    rho = "-" if plan.rho is None else f"{plan.rho:.4g}"
+    acts = plan.segments[0].acts + "".join(
+        f", {segment.acts} from {segment.start:.1%}" for segment in plan.segments[1:]
+    )
+    return (plan.layer.name, f"{plan.energy_subject:.4g}", f"{plan.energy_style:.4g}", rho, acts)
+
+
+def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def _pattern(plan: LayerPlan) -> tuple[str, ...]:
+    return tuple(segment.acts for segment in plan.segments)
