@@ -110,7 +110,7 @@ def original_name(name: str) -> str:
 
 def _keys(name: str, convention: str) -> tuple[str, str, str | None]:
     kohya = name.replace(".", "_")
-    original = original_name(name)
+    original = original_name(name) if "original" in convention else ""
     old = name.replace(".to_out.0", ".to_out").rpartition(".")
     stem, down, up, alpha = {
         "kohya": (f"lora_unet_{kohya}", ".lora_down.weight", ".lora_up.weight", ".alpha"),

@@ -72,7 +72,7 @@ def load_pipeline(folder: Path, device: str, dtype: torch.dtype) -> Any:
     diffusers.utils.logging.disable_progress_bar()
     try:
         pipe = getattr(diffusers, kind).from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True
         )
         return pipe.to(device)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:

@@ -1,0 +1,75 @@
+#!/usr/bin/env python3
+"""Runs the demo or the tests in a virtual environment of its own, with exactly pinned packages.
+
+python3 run.py demo           draws the demonstration with the embedded model
+python3 run.py test           runs the checks and the whole test suite
+python3 run.py test-oldest    runs the tests of what lies below the hosts with the oldest torch that hosts still pin
+                              (Python 3.10 or 3.11; downloads gigabytes)
+
+What stands after the word is handed on: `python3 run.py demo -o pictures`, `python3 run.py test tests/gate`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+# What to install, and the modules to run with their arguments; the last one gets what the user adds.
+COMMANDS = {
+    "demo": (["-c", "constraints.txt", "-e", ".[demo]"], [["est_lora", "demo"]]),
+    "test": (
+        ["-c", "constraints.txt", "-e", ".[dev]"],
+        [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], ["pytest"]],
+    ),
+    "test-oldest": (
+        ["torch==2.1.2", "numpy==1.26.2", "safetensors==0.4.2", "pytest", "hypothesis"],
+        [["pytest", "tests/lora", "tests/gate", "tests/fusion", "tests/test_clock.py", "tests/test_config.py"]],
+    ),
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one of the commands; returns its exit code."""
+    if sys.version_info < (3, 10):
+        print(f"This is Python {sys.version.split()[0]}; at least 3.10 is needed: start run.py with a newer one.")
+        return 2
+    if not arguments or arguments[0] not in COMMANDS:
+        print(__doc__)
+        return 0 if arguments in (["-h"], ["--help"]) else 2
+    command, *added = arguments
+    packages, steps = COMMANDS[command]
+    python = environment(command, packages)
+    folder = None if command == "demo" else ROOT  # pictures go where the user is
+    for step in [*steps[:-1], [*steps[-1], *added]]:
+        if code := subprocess.run([python, "-m", *step], cwd=folder, check=False).returncode:
+            return code
+    return 0
+
+
+def environment(command: str, packages: list[str]) -> str:
+    """The Python of the virtual environment that has `packages`; made anew where it is missing or out of date."""
+    folder = ROOT / f".venv-{command}"
+    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    pins = [(ROOT / name).read_bytes() for name in ("constraints.txt", "pyproject.toml")]
+    wanted = hashlib.sha256(b"".join([*pins, repr(packages).encode()])).hexdigest()
+    installed = folder / "installed.txt"
+    if not installed.is_file() or installed.read_text(encoding="utf-8") != wanted:
+        print(f"Installing packages into {folder.name} (once; torch alone can be gigabytes) ...", flush=True)
+        venv.create(folder, with_pip=True, clear=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, *packages], cwd=ROOT, check=True)
+        installed.write_text(wanted, encoding="utf-8")
+    return str(python)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"The packages could not be installed (pip ended with {error.returncode}); its own words stand above.")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,327 @@
+"""The command line: what it prints, and what it says when it can't."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from est_lora.cli import main
+from est_lora.config import FIELDS, FusionConfig
+from est_lora.lora import LoraFile
+from est_lora.plot import COLOURS
+from tests import reference
+from tests.files import ATTENTION_LAYERS, CONV, FEED_FORWARD, random_lora, write
+
+
+@pytest.fixture
+def pair(tmp_path):
+    subject = random_lora(1, (*ATTENTION_LAYERS[:-1], CONV), rank=8, alpha=4.0)
+    style = random_lora(2, (*ATTENTION_LAYERS[1:], FEED_FORWARD), rank=6, size=0.2)
+    subject[ATTENTION_LAYERS[3]].up.zero_()
+    write(tmp_path / "subject.safetensors", subject)
+    write(tmp_path / "style.safetensors", style, "peft")
+    return subject, style
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs the command in the folder of the files; gives its exit code, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        code = main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_inspect_json_is_the_documented_object(pair, run, tmp_path):
+    code, out, err = run("inspect", "subject.safetensors", "style.safetensors", "--json", "--beta", "0.4")
+    assert (code, err) == (0, "")
+    told = json.loads(out)
+    subject = told["subject"]
+    assert set(told) == {"subject", "style", "config", "beta_used", "balance", "layers", "only_subject", "only_style"}
+    assert subject == {
+        "path": "subject.safetensors",
+        "sha256": LoraFile.load(tmp_path / "subject.safetensors").sha256,
+        "convention": "kohya",
+        "kinds": {"lora": len(ATTENTION_LAYERS)},
+        "ranks": [8],
+        "unet_layers": len(ATTENTION_LAYERS),
+        "text_encoder_layers": 0,
+        "unknown_keys": [],
+    }
+    assert told["style"]["convention"] == "peft"
+    assert set(told["config"]) == {field.key for field in FIELDS}
+    assert (told["config"]["beta"], told["config"]["lean"], told["beta_used"]) == (0.4, 0.0, 0.4)
+    assert told["only_subject"] == [CONV, ATTENTION_LAYERS[0]]
+    assert told["only_style"] == [FEED_FORWARD, ATTENTION_LAYERS[-1]]
+    taus = [step / 50 for step in range(51)]
+    expected = reference.decisions(*pair, {"beta": 0.4}, taus)
+    assert len(told["layers"]) == len(expected) == len(ATTENTION_LAYERS) + 2
+    for layer in told["layers"]:
+        assert set(layer) == {"name", "gated", "energy_subject", "energy_style", "rho", "segments"}
+        rho, acts = expected[layer["name"]]
+        assert layer["rho"] == (None if rho is None else pytest.approx(rho, rel=1e-6))
+        assert layer["gated"] == (".attn" in layer["name"])
+        decided = [[who for start, who in layer["segments"] if start <= tau][-1] for tau in taus]
+        assert decided == acts
+        for role, lora in zip(("subject", "style"), pair):
+            dense = lora[layer["name"]].dense if layer["name"] in lora else torch.zeros(1)
+            assert layer[f"energy_{role}"] == pytest.approx(float((dense**2).sum()), rel=1e-6)
+    assert told["layers"][4]["segments"] == [[0.0, "style"]]  # the subject's update there is zero
+
+
+def test_auto_is_shown_as_asked_and_as_used(pair, run):
+    told = json.loads(run("inspect", "subject.safetensors", "style.safetensors", "--json")[1])
+    assert (told["config"]["beta"], told["beta_used"]) == ("auto", 0.5)
+
+
+def test_balance_is_null_without_a_layer_to_balance(run, tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.safetensors", random_lora(1, (CONV, FEED_FORWARD)))
+    told = json.loads(run("inspect", "a.safetensors", "b.safetensors", "--json")[1])
+    assert told["balance"] is None
+    assert [(layer["rho"], layer["segments"]) for layer in told["layers"]] == [(None, [[0.0, "both"]])] * 2
+    told = json.loads(run("inspect", "a.safetensors", "b.safetensors", "--json", "--layers", "all")[1])
+    assert told["balance"] == pytest.approx(1.0)
+
+
+def test_every_knob_is_a_flag(pair, run):
+    given = {"subject_weight": -0.5, "style_weight": 1.5, "beta": 0.3, "alpha": 2.0, "lean": -0.25, "balance": "l1"}
+    given |= {"pattern": "s*", "clock": "step", "method": "k-lora", "layers": "all", "other": "off", "engine": "branch"}
+    assert given.keys() | {"subject", "style"} == {field.key for field in FIELDS}
+    flags = [text for field in FIELDS if field.key in given for text in (field.flag, given[field.key])]
+    code, out, _ = run("inspect", "subject.safetensors", "style.safetensors", "--json", *flags)
+    assert code == 0
+    config = json.loads(out)["config"]
+    assert {key: config[key] for key in given} == given
+    assert all(given[field.key] != field.default for field in FIELDS if field.key in given)
+
+
+def test_the_table_says_what_will_happen(pair, run):
+    code, out, _ = run("inspect", "subject.safetensors", "style.safetensors")
+    assert code == 0
+    assert "kohya" in out
+    assert "rank 8" in out
+    rows = [line for line in out.splitlines() if line.startswith(("down_blocks", "mid_block", "up_blocks"))]
+    assert len(rows) == len(ATTENTION_LAYERS) + 2
+    assert any("subject, style from" in row for row in rows)
+    assert "gated layers begin with the subject" in out
+
+
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+def test_the_gate_map_is_drawn(pair, run, tmp_path, ending):
+    path = tmp_path / f"map.{ending}"
+    assert run("inspect", "subject.safetensors", "style.safetensors", "--plot", path)[0] == 0
+    assert path.stat().st_size > 5000
+    if ending == "png":
+        with Image.open(path) as picture:
+            colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
+        drawn = {tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5)): acts for acts, colour in COLOURS.items()}
+        assert {acts for rgb, acts in drawn.items() if rgb in colours} == {"subject", "style"}
+
+
+def damaged(lora):
+    lora[ATTENTION_LAYERS[2]].up[0, 0] = float("nan")
+    return lora
+
+
+def infinite(lora):
+    lora[ATTENTION_LAYERS[2]].down[0, 0] = float("inf")
+    return lora
+
+
+def mismatched(lora):
+    lora[ATTENTION_LAYERS[2]].up = torch.randn(24, 9)
+    return lora
+
+
+def text_encoder_only(path):
+    stem = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    save_file({f"{stem}.lora_down.weight": torch.ones(2, 4), f"{stem}.lora_up.weight": torch.ones(4, 2)}, path)
+
+
+def sdxl(path):
+    write(path, random_lora(1, width=32, context=2048))
+
+
+BAD_FILES = {
+    "text": lambda path: path.write_text("no safetensors file at all"),
+    "truncated": lambda path: path.write_bytes(write(path, random_lora(1)).read_bytes()[:-50]),
+    "huge header": lambda path: path.write_bytes(struct.pack("<Q", 1 << 60) + b"{}"),
+    "pickle": lambda path: path.write_bytes(pickle.dumps({"lora": [1, 2, 3]})),
+    "torch pickle": lambda path: torch.save({"lora": torch.ones(2)}, path),
+    "nan": lambda path: write(path, damaged(random_lora(1))),
+    "inf": lambda path: write(path, infinite(random_lora(1))),
+    "ranks": lambda path: write(path, mismatched(random_lora(1))),
+    "no layer in common": lambda path: write(path, random_lora(1, ("down_blocks.0.attentions.0.proj_in",))),
+    "text encoder only": text_encoder_only,
+    "empty file": lambda path: path.write_bytes(b""),
+    "no tensors": lambda path: save_file({}, path),
+    "nothing known": lambda path: save_file({"transformer.x": torch.ones(2)}, path),
+    "folder": lambda path: path.mkdir(),
+    "missing": lambda path: None,
+    "another model": sdxl,
+    "another width": lambda path: write(path, random_lora(1, width=32)),
+}
+SAYS = {
+    "text": "isn't a whole safetensors file",
+    "truncated": "isn't a whole safetensors file",
+    "huge header": "isn't a whole safetensors file",
+    "pickle": "is a pickle",
+    "torch pickle": "is a pickle",
+    "nan": "NaN or infinite",
+    "inf": "NaN or infinite",
+    "ranks": "different ranks, 4 and 9",
+    "no layer in common": "no layer of the UNet in common",
+    "text encoder only": "only a text-encoder part",
+    "empty file": "is an empty file",
+    "no tensors": "holds no tensors",
+    "nothing known": "no tensor that is known from a LoRA",
+    "folder": "is a folder",
+    "missing": "did you mean 'style.safetensors'",
+    "another model": "for different models, SDXL and SD1.5",
+    "another width": "32 x 32 in one and 24 x 24 in the other",
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+@pytest.mark.parametrize("command", ["inspect", "generate"])
+def test_a_bad_file_costs_one_sentence(run, tmp_path, case, command):
+    write(tmp_path / "style.safetensors", random_lora(2, context=768 if case == "another model" else 40))
+    BAD_FILES[case](tmp_path / "stale.safetensors")
+    before = listing(tmp_path)
+    if command == "inspect":
+        arguments = ["stale.safetensors", "style.safetensors", "--plot", "map.png"]
+    else:
+        arguments = ["--subject", "stale.safetensors", "--style", "style.safetensors", "--prompt", "x", "--model", "m"]
+    code, out, err = run(command, *arguments)
+    assert_refused(code, out, err, SAYS[case])
+    assert listing(tmp_path) == before
+
+
+BAD_KNOBS = [
+    (["--beta", "2.1"], "beta can't be '2.1': it is a number in auto, 0 ... 2"),
+    (["--beta", "-0.1"], "beta can't be '-0.1'"),
+    (["--beta", "much"], "beta can't be 'much'"),
+    (["--beta", "nan"], "beta can't be 'nan'"),
+    (["--alpha", "0"], "alpha can't be '0': it is a number in > 0 ... 10"),
+    (["--alpha", "inf"], "alpha can't be 'inf'"),
+    (["--lean", "1e999"], "lean can't be '1e999'"),
+    (["--lean", "-1.0001"], "lean can't be '-1.0001'"),
+    (["--subject-weight", "3"], "subject_weight can't be '3'"),
+    (["--style-weight", ""], "style_weight can't be ''"),
+    (["--method", "mean"], "method can't be 'mean': it is one of est, k-lora, sum, subject, style"),
+    (["--pattern", "S"], "pattern can't be 'S'"),
+    (["--engine", "merge"], "engine can't be 'merge'"),
+    (["--beta"], "expected one argument"),
+    (["--bta", "1"], "unrecognized arguments"),
+    (["--plot", "nowhere/map.png"], "can't be written to 'nowhere/map.png'"),
+    (["--plot", "map.xyz"], "can't be written to 'map.xyz'"),
+]
+
+
+@pytest.mark.parametrize(("flags", "says"), BAD_KNOBS)
+def test_a_bad_knob_costs_one_sentence(pair, run, tmp_path, flags, says):
+    before = listing(tmp_path)
+    assert_refused(*run("inspect", "subject.safetensors", "style.safetensors", *flags), says)
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--steps", "0"], "--steps can't be '0'"),
+        (["--steps", "ten"], "--steps can't be 'ten'"),
+        (["--count", "-1"], "--count can't be '-1'"),
+        (["--seed", "1.5"], "--seed can't be '1.5'"),
+        (["--guidance", "x"], "--guidance can't be 'x'"),
+        (["--size", "100"], "--size can't be '100'"),
+        (["--size", "64x"], "--size can't be '64x'"),
+        (["--device", "abacus"], "device 'abacus' can't be used"),
+        (["--dtype", "float8"], "--dtype can't be 'float8'"),
+        (["-o", "subject.safetensors"], "that is a file"),
+        ([], "no readable model_index.json"),
+    ],
+)
+def test_a_bad_request_for_pictures_costs_one_sentence(pair, run, tmp_path, flags, says):
+    files = ["--subject", "subject.safetensors", "--style", "style.safetensors"]
+    before = listing(tmp_path)
+    assert_refused(*run("generate", "--model", "no-model", *files, "--prompt", "x", *flags), says)
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("index", "says"),
+    [
+        ("{", "isn't a JSON object"),
+        ("[]", "isn't a JSON object"),
+        ('{"_class_name": "FluxPipeline"}', "is a 'FluxPipeline'"),
+        ('{"_class_name": "StableDiffusionPipeline"}', "can't be loaded"),
+        ('{"_class_name": "StableDiffusionPipeline", "unet": ["os", "system"]}', "can't be loaded"),
+    ],
+)
+def test_a_folder_that_is_no_model_costs_one_sentence(pair, run, tmp_path, index, says):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text(index)
+    files = ["--subject", "subject.safetensors", "--style", "style.safetensors"]
+    assert_refused(*run("generate", "--model", "model", *files, "--prompt", "x"), says)
+
+
+def test_the_command_itself_says_it_without_a_traceback(pair, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "est_lora", "inspect", "subject.safetensors", "sty.safetensors"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert_refused(done.returncode, done.stdout, done.stderr, "did you mean 'style.safetensors'")
+
+
+def test_no_command_and_help(run):
+    assert_refused(*run(), "required")
+    with pytest.raises(SystemExit) as stopped:
+        run("generate", "--help")
+    assert stopped.value.code == 0
+
+
+def test_ctrl_c_is_no_traceback(run, pair, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FusionConfig, "pair", interrupted)
+    code, out, err = run("inspect", "subject.safetensors", "style.safetensors")
+    assert (code, out, err) == (130, "", "est-lora: interrupted.\n")
+
+
+def assert_refused(code, out, err, says):
+    assert code == 2
+    assert out == ""
+    assert says in err
+    assert err.count("\n") == 1, err
+    assert err.startswith("est-lora: ")
+    assert "Traceback" not in err
+
+
+def listing(folder):
+    return sorted(path.relative_to(folder) for path in folder.rglob("*"))
+
+
+def test_the_helper_files_are_what_they_say(tmp_path):
+    """Guards the tests above: the good half of each pair is indeed good."""
+    good = write(tmp_path / "good.safetensors", random_lora(2))
+    assert len(load_file(good)) == 3 * len(ATTENTION_LAYERS)
+    assert main(["inspect", str(good), str(good)]) == 0

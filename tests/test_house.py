@@ -1,0 +1,84 @@
+"""The house keeps its shape: which room may import which, how long a module may get, what the README says."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from est_lora.config import FIELDS
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "est_lora"
+BELOW_HOSTS = {
+    "errors": set(),
+    "config": {"errors"},
+    "clock": set(),
+    "lora": {"errors"},
+    "gate": {"errors", "config", "lora"},
+    "fusion": {"errors", "config", "lora", "gate"},
+    "report": {"gate", "lora"},
+    "plot": {"gate"},
+}
+OUTSIDE = {"torch", "safetensors", "matplotlib"}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent != PACKAGE)
+
+
+def room(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """(module, whether at the top of the file) of every import."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    top = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node.module, id(node) in top
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) in top) for alias in node.names)
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if room(p) in BELOW_HOSTS], ids=lambda p: str(p.relative_to(PACKAGE))
+)
+def test_arrows_point_one_way(path):
+    standard = __import__("sys").stdlib_module_names
+    for module, at_top in imports(path):
+        first, _, rest = module.partition(".")
+        if first == "est_lora":
+            assert rest.partition(".")[0] in BELOW_HOSTS[room(path)] | {room(path)}, module
+        elif first not in standard:
+            assert first in OUTSIDE, module
+            assert first != "matplotlib" or not at_top or path.stem == "plot", module
+
+
+def test_every_room_is_known():
+    above = {"hosts", "demo", "cli", "__main__"}
+    assert {room(path) for path in MODULES} == set(BELOW_HOSTS) | above
+
+
+def test_importing_below_hosts_brings_no_heavy_package():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; import est_lora.fusion, est_lora.report, est_lora.plot, est_lora.clock;"
+        "heavy = {'matplotlib', 'diffusers', 'transformers', 'gradio', 'modules', 'PIL'} & set(sys.modules);"
+        "sys.exit(', '.join(heavy) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_module_fits_in_a_head(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 600
+
+
+def test_the_readmes_options_are_the_fields():
+    rows = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    expected = [f"| `{f.key}` | {f.default} | {f.range} | {f.help} |".replace("*", r"\*") for f in FIELDS]
+    assert rows[: len(expected)] == expected
