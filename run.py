@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Runs the demo or the tests in a virtual environment of its own, with exactly pinned packages.
 
 python3 run.py demo           draws the demonstration with the embedded model

@@ -37,9 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(arguments)
         args.run(args)
+        sys.stdout.flush()
     except EstLoraError as error:
         print(f"est-lora: {error}", file=sys.stderr)
         return _EXIT_BAD_INPUT
+    except BrokenPipeError:  # a reader that has seen enough, as in `est-lora inspect ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("est-lora: interrupted.", file=sys.stderr)
         return _EXIT_INTERRUPTED
@@ -179,15 +182,27 @@ def _generate(args: argparse.Namespace) -> None:
     with fuse(pipe, **dataclasses.asdict(config)):
         for index in range(count):
             pipe.set_progress_bar_config(desc=f"picture {index + 1} of {count}")
-            picture = pipe(
-                args.prompt,
+            generator = torch.Generator().manual_seed(seed + index)
+            picture = _draw(
+                pipe,
+                prompt=args.prompt,
                 negative_prompt=args.negative,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
-                generator=torch.Generator().manual_seed(seed + index),
+                generator=generator,
                 **size,
-            ).images[0]
+            )
             print(_save(picture, folder, seed + index))
+
+
+def _draw(pipe: Any, **request: Any) -> Any:
+    try:
+        return pipe(**request).images[0]
+    except EstLoraError:
+        raise
+    except (RuntimeError, ValueError) as error:  # out of memory, or more than this model or scheduler can do
+        reason = str(error).strip().partition("\n")[0]
+        raise EstLoraError(f"The picture can't be made this way: {reason}") from error
 
 
 def _save(picture: Any, folder: Path, seed: int) -> Path:

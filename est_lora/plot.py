@@ -91,4 +91,6 @@ def _blocks(plan: FusionPlan) -> Iterator[tuple[str, int, int]]:
 
 def _block(layer: LayerPlan) -> str:
     found = _BLOCK.match(layer.layer.name)
-    return " ".join(filter(None, found.groups())) if found else "ends"
+    if found:
+        return " ".join(filter(None, found.groups()))
+    return "out" if layer.layer.name.startswith(("conv_norm_out", "conv_out")) else "in"

@@ -129,7 +129,8 @@ def test_the_gate_map_is_drawn(pair, run, tmp_path, ending):
         with Image.open(path) as picture:
             colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
         drawn = {tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5)): acts for acts, colour in COLOURS.items()}
-        assert {acts for rgb, acts in drawn.items() if rgb in colours} == {"subject", "style"}
+        seen = {acts for rgb, acts in drawn.items() if rgb in colours}
+        assert seen - {"none"} == {"subject", "style"}  # its light grey is in the letters' edges too
 
 
 def damaged(lora):

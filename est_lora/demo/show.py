@@ -7,22 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from matplotlib.figure import Figure
 from PIL.Image import Image
 from tqdm import tqdm
 
 from est_lora.config import FusionConfig
 from est_lora.demo.model import GUIDANCE, STYLE_LORA, SUBJECT_LORA, load_pipeline
-from est_lora.demo.world import DEMO_PROMPTS
+from est_lora.demo.world import STYLE, SUBJECT
 from est_lora.hosts.diffusers import fuse, load_plan
 from est_lora.plot import gate_map
 
 STEPS = 28
+PROMPTS = [f"a {SUBJECT}, {STYLE}, on {background}" for background in ("white", "cream", "sky")]
 _METHODS = {"base": None, "subject alone": "subject", "style alone": "style", "sum": "sum", "EST-LoRA": "est"}
 
 
 def demo(folder: Path, seed: int = 0) -> list[Path]:
     """Draws the contact sheet and the gate map into `folder`; returns where they are."""
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)  # the model is so small that threads cost more than they bring
     pipe = load_pipeline()
     pipe.set_progress_bar_config(disable=True)
     with tqdm(total=len(_METHODS) * STEPS, desc="drawing", unit="step") as bar:
@@ -44,17 +48,17 @@ def _draw(pipe: Any, method: str | None, seed: int, bar: tqdm[None]) -> list[Ima
     with fusing:
         return list(
             pipe(
-                DEMO_PROMPTS,
+                PROMPTS,
                 num_inference_steps=STEPS,
                 guidance_scale=GUIDANCE,
-                generator=[torch.Generator().manual_seed(seed + row) for row in range(len(DEMO_PROMPTS))],
+                generator=[torch.Generator().manual_seed(seed + row) for row in range(len(PROMPTS))],
                 callback_on_step_end=tick,
             ).images
         )
 
 
 def _sheet(columns: dict[str, list[Image]]) -> Figure:
-    rows = len(DEMO_PROMPTS)
+    rows = len(PROMPTS)
     figure = Figure(figsize=(1.7 * len(columns) + 0.4, 1.7 * rows + 0.7), dpi=130, layout="constrained")
     for (row, column), axes in _each(figure.subplots(rows, len(columns), squeeze=False)):
         name = list(columns)[column]
@@ -63,7 +67,7 @@ def _sheet(columns: dict[str, list[Image]]) -> Figure:
         if row == 0:
             axes.set_title(name, fontsize=11)
         if column == 0:
-            axes.set_ylabel(DEMO_PROMPTS[row], fontsize=6)
+            axes.set_ylabel(PROMPTS[row], fontsize=6)
     return figure
 
 

@@ -8,6 +8,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from types import TracebackType
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -65,6 +66,8 @@ class FusionSession:
         layers = self._matched()
         if stale := remove_branches(self.model):
             log.warning("An earlier fusion was still on this model (%d layers); it has been taken off.", stale)
+        if _is_compiled(self.model):
+            torch.compiler.reset()  # what was compiled without hooks never looks for any again
         handles: list[RemovableHandle] = []
         # Registered before the first hook hangs: an interrupt in the loop leaves none behind.
         self._release = weakref.finalize(self, _remove, handles)
@@ -133,6 +136,13 @@ class FusionSession:
 
 def _ever_acts(segments: Sequence[Segment]) -> bool:
     return any(segment.acts != NONE for segment in segments)
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from est_lora import clock
@@ -53,6 +54,7 @@ def fuse(
     for remark in session.plan.remarks:
         log.warning("%s", remark)
 
+    @torch.compiler.disable  # a UNet compiled in place would compile this with it
     def tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if session.attached:  # not where a later fusion of the same model has taken its place
             timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]

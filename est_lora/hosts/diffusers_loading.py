@@ -8,6 +8,7 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 
 from est_lora.errors import EstLoraError, nearest, quote
 
@@ -27,7 +28,6 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "kdpm2": ("KDPM2DiscreteScheduler", {}),
     "kdpm2-a": ("KDPM2AncestralDiscreteScheduler", {}),
     "lcm": ("LCMScheduler", {}),
-    "lms": ("LMSDiscreteScheduler", {}),
     "pndm": ("PNDMScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
@@ -70,6 +70,8 @@ def load_pipeline(folder: Path, device: str, dtype: torch.dtype) -> Any:
     if kind not in _PIPELINES:
         raise EstLoraError(f"{quote(folder)} is a {quote(kind)}: generate takes a {' or a '.join(_PIPELINES)}.")
     diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()  # what can't be done is said by the sentences below
+    transformers.utils.logging.disable_progress_bar()
     try:
         pipe = getattr(diffusers, kind).from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True
@@ -103,7 +105,7 @@ def _runs(scheduler: Any) -> bool:
     """Whether `scheduler` takes this model's kind of prediction, tried on a copy with an empty picture."""
     trial = type(scheduler).from_config(scheduler.config)
     picture = torch.zeros(1, 1, 4, 4)
-    trial.set_timesteps(2)
+    trial.set_timesteps(20)
     try:
         trial.step(picture, trial.timesteps[0], picture)
     except (NotImplementedError, ValueError):

@@ -354,3 +354,23 @@ def test_of_two_nested_fusions_the_inner_one_counts(sd, tmp_path, caplog):
     assert np.array_equal(nested, alone)
     assert "earlier fusion" in caplog.text
     assert hooks(sd) == 0
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_model_that_was_compiled_and_run_before_is_fused_all_the_same(tmp_path, in_place):
+    pipe = stable_diffusion()
+    files = pair_for(pipe, tmp_path)
+    plain = picture(pipe)
+    with fuse(pipe, *files):
+        wanted = picture(pipe)
+    if in_place:
+        pipe.unet.compile(backend="eager")
+    else:
+        pipe.unet = torch.compile(pipe.unet, backend="eager")
+    try:
+        assert np.abs(picture(pipe) - plain).max() < 1e-4
+        with fuse(pipe, *files):
+            np.testing.assert_allclose(picture(pipe), wanted, atol=1e-4)
+        np.testing.assert_allclose(picture(pipe), plain, atol=1e-4)
+    finally:
+        torch.compiler.reset()
