@@ -19,7 +19,12 @@ from est_lora.hosts.diffusers import fuse, load_plan
 from est_lora.plot import gate_map
 
 STEPS = 28
-PROMPTS = [f"a {SUBJECT}, {STYLE}, on {background}" for background in ("white", "cream", "sky")]
+PROMPTS = [
+    f"a red heart, {STYLE}, on white",
+    f"a {SUBJECT}, {STYLE}, on white",
+    f"a {SUBJECT}, {STYLE}, on cream",
+    f"a {SUBJECT}, {STYLE}, on sky",
+]
 _METHODS = {"base": None, "subject alone": "subject", "style alone": "style", "sum": "sum", "EST-LoRA": "est"}
 
 
@@ -62,7 +67,7 @@ def _sheet(columns: dict[str, list[Image]]) -> Figure:
     figure = Figure(figsize=(1.7 * len(columns) + 0.4, 1.7 * rows + 0.7), dpi=130, layout="constrained")
     for (row, column), axes in _each(figure.subplots(rows, len(columns), squeeze=False)):
         name = list(columns)[column]
-        axes.imshow(columns[name][row], interpolation="bicubic")
+        axes.imshow(columns[name][row], interpolation="nearest")
         axes.set(xticks=[], yticks=[])
         if row == 0:
             axes.set_title(name, fontsize=11)

@@ -51,8 +51,6 @@ def fuse(
     if not isinstance(unet, nn.Module):
         raise EstLoraError(f"A {type(pipe).__name__} has no UNet: fuse takes Stable Diffusion 1, 2 and XL pipelines.")
     session = FusionSession(unet, load_plan(config, unet))
-    for remark in session.plan.remarks:
-        log.warning("%s", remark)
 
     @torch.compiler.disable  # a UNet compiled in place would compile this with it
     def tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -63,6 +61,8 @@ def fuse(
     handle = unet.register_forward_pre_hook(tell, with_kwargs=True)
     try:
         with session:
+            for remark in session.remarks:
+                log.warning("%s", remark)
             yield session
     finally:
         handle.remove()
