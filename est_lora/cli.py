@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 
 from est_lora import __version__
 from est_lora.config import FIELDS, FusionConfig
-from est_lora.errors import EstLoraError, quote
+from est_lora.errors import EstLoraError, quote, reason
 
 _EXIT_BAD_INPUT, _EXIT_INTERRUPTED = 2, 130
 _FILES = ("subject", "style")
@@ -161,7 +162,7 @@ def _save_map(plan: Any, path: Path) -> None:
     except ImportError as error:
         raise EstLoraError("The gate map " + _NEEDS_DEMO.format(error.name)) from error
     except (OSError, ValueError) as error:  # no such folder, or an ending that matplotlib can't write
-        raise EstLoraError(f"The gate map can't be written to {quote(path)}: {error}") from error
+        raise EstLoraError(f"The gate map can't be written to {quote(path)}: {reason(error)}") from error
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -175,6 +176,7 @@ def _generate(args: argparse.Namespace) -> None:
         from est_lora.hosts.diffusers import fuse, load_plan
     except ImportError as error:
         raise EstLoraError("generate " + _NEEDS_DEMO.format(error.name)) from error
+    importlib.import_module("est_lora.demo.model")  # diffusers loads a class of ours only where it is imported already
     load_plan(config)  # says what is wrong with the files before minutes go into loading the model
     pipe = loading.load_pipeline(Path(args.model), *loading.device_and_dtype(args.device, args.dtype))
     if args.scheduler:
@@ -201,8 +203,7 @@ def _draw(pipe: Any, **request: Any) -> Any:
     except EstLoraError:
         raise
     except (RuntimeError, ValueError) as error:  # out of memory, or more than this model or scheduler can do
-        reason = str(error).strip().partition("\n")[0]
-        raise EstLoraError(f"The picture can't be made this way: {reason}") from error
+        raise EstLoraError(f"The picture can't be made this way: {reason(error)}") from error
 
 
 def _save(picture: Any, folder: Path, seed: int) -> Path:

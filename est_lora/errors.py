@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import PurePath
 
 _LONGEST_QUOTE = 80
+_LONGEST_REASON = 240
 
 
 class EstLoraError(ValueError):
@@ -19,6 +20,12 @@ def quote(value: object) -> str:
     if len(text) > _LONGEST_QUOTE:
         text = f"...{text[-_LONGEST_QUOTE:]}" if isinstance(value, PurePath) else f"{text[:_LONGEST_QUOTE]}..."
     return repr(text)
+
+
+def reason(error: Exception) -> str:
+    """What another library says went wrong, as the end of a sentence of ours: its first sentence, one line, cut."""
+    first = str(error).strip().partition("\n")[0].partition(". ")[0][:_LONGEST_REASON]
+    return first.rstrip(".") + "."
 
 
 def nearest(asked: str, there: Iterable[str], most: int = 3) -> list[str]:

@@ -21,6 +21,12 @@ BELOW_HOSTS = {
     "report": {"gate", "lora"},
     "plot": {"gate"},
 }
+ABOVE = {
+    "hosts": BELOW_HOSTS.keys(),
+    "demo": BELOW_HOSTS.keys() | {"hosts"},
+    "cli": BELOW_HOSTS.keys() | {"hosts", "demo"},
+    "__main__": {"cli"},
+}
 OUTSIDE = {"torch", "safetensors", "matplotlib"}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent != PACKAGE)
 
@@ -55,9 +61,14 @@ def test_arrows_point_one_way(path):
             assert first != "matplotlib" or not at_top or path.stem == "plot", module
 
 
+@pytest.mark.parametrize("path", [p for p in MODULES if room(p) in ABOVE], ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_nor_does_a_room_above_look_up(path):
+    ours = [module.split(".")[1] for module, _ in imports(path) if module.startswith("est_lora.")]
+    assert set(ours) <= ABOVE[room(path)] | {room(path)}
+
+
 def test_every_room_is_known():
-    above = {"hosts", "demo", "cli", "__main__"}
-    assert {room(path) for path in MODULES} == set(BELOW_HOSTS) | above
+    assert {room(path) for path in MODULES} == BELOW_HOSTS.keys() | ABOVE.keys()
 
 
 def test_importing_below_hosts_brings_no_heavy_package():

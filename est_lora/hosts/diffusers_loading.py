@@ -10,7 +10,7 @@ import diffusers
 import torch
 import transformers
 
-from est_lora.errors import EstLoraError, nearest, quote
+from est_lora.errors import EstLoraError, nearest, quote, reason
 
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -78,8 +78,7 @@ def load_pipeline(folder: Path, device: str, dtype: torch.dtype) -> Any:
         )
         return pipe.to(device)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise EstLoraError(f"The model in {quote(folder)} can't be loaded on {device}: {reason}") from error
+        raise EstLoraError(f"The model in {quote(folder)} can't be loaded on {device}: {reason(error)}") from error
 
 
 def set_scheduler(pipe: Any, name: str) -> None:

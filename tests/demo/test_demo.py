@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -90,6 +93,31 @@ def test_the_demo_draws_its_sheet_and_its_map(tmp_path, capsys):
             assert min(picture.size) > 400
 
 
+def test_a_process_that_knows_nothing_of_the_embedded_model_generates_with_it(tmp_path):
+    arguments = ["generate", "--model", str(BASE), *FILES, "--prompt", "x", "--steps", "2", "-o", str(tmp_path)]
+    command = [sys.executable, "-m", "est_lora", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / '00000-0.png'}\n"
+    assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr
+
+
+def test_ctrl_c_while_drawing_writes_nothing(tmp_path):
+    arguments = ["--model", str(BASE), *FILES, "--prompt", "x", "--steps", "1000", "-o", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "est_lora", "generate", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        seen = b""
+        while b"/1000" not in seen:  # the progress bar: it draws
+            seen += running.stderr.read(1)
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=60)
+    assert (running.returncode, out) == (130, b"")
+    assert err.endswith(b"est-lora: interrupted.\n")
+    assert b"Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_generate_numbers_its_pictures_and_repeats_a_seed(tmp_path, capsys):
     def generate(*more):
         arguments = ["--model", str(BASE), *FILES, "--prompt", "a mipo creature", "--steps", "3", "-o", str(tmp_path)]
@@ -137,7 +165,7 @@ def test_what_the_pipeline_refuses_costs_one_sentence(tmp_path, capsys, monkeypa
 
     monkeypatch.setattr(StableDiffusionPipeline, "__call__", refuses)
     assert main(["generate", "--model", str(BASE), *FILES, "--prompt", "x", "-o", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err == "est-lora: The picture can't be made this way: not enough memory\n"
+    assert capsys.readouterr().err == "est-lora: The picture can't be made this way: not enough memory.\n"
     assert not (tmp_path / "out").exists()
 
 
