@@ -20,7 +20,8 @@ from est_lora.errors import EstLoraError, quote, reason
 
 _EXIT_BAD_INPUT, _EXIT_INTERRUPTED = 2, 130
 _FILES = ("subject", "style")
-_SIZE = re.compile(r"(\d{1,5})(?:x(\d{1,5}))?")
+_SIZE = re.compile(r"(\d{1,5})(?:x(\d{1,5}))?", re.ASCII)
+_NUMBERED = re.compile(r"(\d{1,9})-\d+\.png", re.ASCII)
 _NEEDS_DEMO = "needs packages that aren't installed ({}): pip install 'est-lora[demo]'"
 
 
@@ -34,6 +35,8 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0, 2 for what a user can mend (one sentence on stderr), 130 for Ctrl-C."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would remark on packages that nobody here needs
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     logging.basicConfig(format="est-lora: %(message)s", level=logging.WARNING)
     try:
         args = _parser().parse_args(arguments)
@@ -44,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _EXIT_BAD_INPUT
     except BrokenPipeError:  # a reader that has seen enough, as in `est-lora inspect ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a full disk, a folder that can't be written to
+        print(f"est-lora: {quote(error.filename or 'a file')} can't be used: {error.strerror}.", file=sys.stderr)
+        return _EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("est-lora: interrupted.", file=sys.stderr)
         return _EXIT_INTERRUPTED
@@ -118,7 +124,7 @@ def _config(args: argparse.Namespace) -> FusionConfig:
 
 def _whole(args: argparse.Namespace, name: str, low: int, high: int) -> int:
     text = getattr(args, name)
-    if not re.fullmatch(r"\d{1,20}", text) or not low <= int(text) <= high:
+    if not re.fullmatch(r"[0-9]{1,20}", text) or not low <= int(text) <= high:
         raise EstLoraError(f"--{name} can't be {quote(text)}: it is a whole number from {low} to {high}.")
     return int(text)
 
@@ -209,7 +215,7 @@ def _draw(pipe: Any, **request: Any) -> Any:
 def _save(picture: Any, folder: Path, seed: int) -> Path:
     """Writes a picture under the next free number, so that none is overwritten."""
     folder.mkdir(parents=True, exist_ok=True)
-    numbers = (int(path.name.partition("-")[0]) for path in folder.glob("[0-9]*-*.png"))
+    numbers = (int(found[1]) for found in map(_NUMBERED.fullmatch, os.listdir(folder)) if found)
     path = folder / f"{max(numbers, default=-1) + 1:05d}-{seed}.png"
     picture.save(path)
     return path

@@ -292,6 +292,15 @@ def test_the_command_itself_says_it_without_a_traceback(pair, tmp_path):
     assert_refused(done.returncode, done.stdout, done.stderr, "did you mean 'style.safetensors'")
 
 
+def test_a_folder_that_cannot_be_written_to_costs_one_sentence(pair, run, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "map.png")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    code, out, err = run("inspect", "subject.safetensors", "style.safetensors", "--plot", "map.png")
+    assert_refused(code, out, err, "No space left on device")
+
+
 def test_no_command_and_help(run):
     assert_refused(*run(), "required")
     with pytest.raises(SystemExit) as stopped:

@@ -96,11 +96,6 @@ class FusionPlan:
         return cls(config, subject, style, schedule.beta, balance, tuple(plans))
 
     @property
-    def schedule(self) -> Schedule:
-        """The style pressure that decided it."""
-        return Schedule(self.config.alpha, self.beta, self.config.lean, self.config.pattern)
-
-    @property
     def only_subject(self) -> list[str]:
         """Names of layers that the style file doesn't have."""
         return [plan.layer.name for plan in self.layers if plan.style is None]

@@ -90,6 +90,7 @@ def _progress(scheduler: Any, timestep: Tensor | float, ticks: str) -> float:
     t = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
     if ticks == "step":
         return clock.from_step(t, scheduler.timesteps.tolist())
-    if scheduler.config.get("prediction_type") == "flow_prediction":
+    # The flow-matching schedulers have no such entry.
+    if scheduler.config.get("prediction_type", "flow_prediction") == "flow_prediction":
         return clock.from_flow_sigma(t / scheduler.config.num_train_timesteps)
     return clock.from_timestep(t, scheduler.config.num_train_timesteps)

@@ -97,8 +97,8 @@ class LoraFile:
             EstLoraError: there is no such file, it isn't safetensors, it is damaged, or it holds NaN or infinity.
         """
         path = Path(path)
-        _check_is_file(path)
         try:
+            _check_is_file(path)
             with safe_open(path, "pt") as file:
                 return _Reader(path, file, layout or UNetLayout()).read()
         except SafetensorError as error:

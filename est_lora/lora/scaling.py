@@ -15,6 +15,7 @@ _IN_HEADER = "lora_adapter_metadata"
 _BESIDE = "adapter_config.json"
 _BESIDE_ONLY_NEXT_TO = "adapter_model.safetensors"
 _MOST_BYTES = 1 << 20
+_MOST_ALPHA = 1e9
 
 
 class PeftScaling:
@@ -33,9 +34,9 @@ class PeftScaling:
             # Regular expressions to PEFT; taken literally here, because nothing that was downloaded is run.
             named = (value for name, value in patterns.items() if f".{layer.name}".endswith(f".{name}"))
             alpha = next(named, alpha)
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or not rank:
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= _MOST_ALPHA or not rank:
             return 1.0
-        return alpha / (math.sqrt(rank) if self._get(layer, "use_rslora") is True else rank)
+        return float(alpha) / (math.sqrt(rank) if self._get(layer, "use_rslora") is True else rank)
 
     def _get(self, layer: LayerId, key: str) -> Any:
         return self._of_parts.get(f"{layer.part}.{key}", self._of_all.get(key))

@@ -44,7 +44,8 @@ class LowRankUpdate:
         up, up_peak = _normalised(self.up)
         down, down_peak = _normalised(self.down)
         gram = float(((up.T @ up) * (down @ down.T)).sum())
-        return max(gram, 0.0) * (up_peak * down_peak * self.scale) ** 2
+        peak = up_peak * down_peak * self.scale
+        return max(gram, 0.0) * peak * peak  # not `** 2`, which raises where a product becomes infinite
 
     def dense(self) -> Tensor:
         """`dW` in float64, of `shape`."""

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from est_lora import report
 from est_lora.config import FusionConfig
+from est_lora.errors import EstLoraError
 from est_lora.gate import FusionPlan
 from est_lora.lora import LoraFile
 from tests import reference
@@ -146,6 +147,13 @@ def test_half_precision_files_neither_overflow_nor_vanish(tmp_path, dtype):
         plan = plan_of(tmp_path, subject, style)
         expected = reference.decisions(subject, style, {}, TAUS)
         assert_same_decisions(plan, expected)
+
+
+def test_an_update_too_large_for_any_training_is_refused(tmp_path):
+    lora = random_lora(1)
+    lora[ATTENTION_LAYERS[1]].up *= 1e35
+    with pytest.raises(EstLoraError, match=f"update of {ATTENTION_LAYERS[1]} is too large"):
+        plan_of(tmp_path, lora, random_lora(2))
 
 
 def test_measured_discrepancy_is_what_auto_uses(tmp_path):

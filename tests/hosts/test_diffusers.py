@@ -356,6 +356,26 @@ def test_of_two_nested_fusions_the_inner_one_counts(sd, tmp_path, caplog):
     assert hooks(sd) == 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "t", "tau"),
+    [
+        ("DDIMScheduler", {}, 999, 0.0),
+        ("DDIMScheduler", {"num_train_timesteps": 501}, 250, 0.5),
+        ("DPMSolverMultistepScheduler", {"prediction_type": "v_prediction"}, 0, 1.0),
+        ("DPMSolverMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}, 250, 0.75),
+        ("FlowMatchEulerDiscreteScheduler", {}, 250, 0.75),
+    ],
+)
+def test_progress_of_discrete_and_of_flow_models(sd, tmp_path, kind, options, t, tau):
+    scheduler, sd.scheduler = sd.scheduler, getattr(diffusers, kind)(**options)
+    try:
+        with fuse(sd, *pair_for(sd, tmp_path)) as session, torch.no_grad():
+            sd.unet(torch.zeros(1, 4, 8, 8), torch.tensor(t), encoder_hidden_states=torch.zeros(1, 3, 32))
+            assert session.tau == pytest.approx(tau, abs=1e-12)
+    finally:
+        sd.scheduler = scheduler
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_model_that_was_compiled_and_run_before_is_fused_all_the_same(tmp_path, in_place):
     pipe = stable_diffusion()

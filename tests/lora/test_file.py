@@ -140,7 +140,19 @@ def test_scaling_beside_the_weights(tmp_path):
     assert {update.scale for update in stabilised.updates.values()} == {4.0}
 
 
-@pytest.mark.parametrize("lie", ["nan", "[1]", '{"unet.lora_alpha": "x"}', '{"unet.lora_alpha": NaN}', "[" * 5000, "{"])
+@pytest.mark.parametrize(
+    "lie",
+    [
+        "nan",
+        "[1]",
+        '{"unet.lora_alpha": 1e200}',
+        '{"unet.lora_alpha": 1' + "0" * 400 + "}",
+        '{"unet.lora_alpha": "x"}',
+        '{"unet.lora_alpha": NaN}',
+        "[" * 5000,
+        "{",
+    ],
+)
 def test_metadata_that_is_no_use_counts_for_nothing(tmp_path, lie):
     path = write(tmp_path / "a.safetensors", random_lora(1, alpha=None), "peft", {"lora_adapter_metadata": lie})
     assert {update.scale for update in LoraFile.load(path).updates.values()} == {1.0}
@@ -238,6 +250,8 @@ def test_a_missing_file_is_refused_and_the_nearest_names_are_given(tmp_path):
     with pytest.raises(EstLoraError, match="did you mean 'Character_v2.safetensors'") as error:
         LoraFile.load(tmp_path / "charakter_v2.safetensors")
     assert_one_sentence(error)
+    with pytest.raises(EstLoraError, match="can't be read: File name too long"):
+        LoraFile.load("x" * 5000)
     with pytest.raises(EstLoraError, match="no .safetensors file beside it"):
         LoraFile.load(tmp_path / "nowhere" / "a.safetensors")
 
