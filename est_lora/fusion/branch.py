@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from est_lora.errors import EstLoraError
 from est_lora.gate import BOTH, STYLE, SUBJECT, LayerPlan
-from est_lora.lora import LowRankUpdate
+from est_lora.lora import LowRankUpdate, Update
 
 Shape = tuple[int, ...]
 _SIZES = ("in_features", "out_features", "in_channels", "out_channels", "kernel_size")
@@ -20,31 +20,40 @@ _SIZES = ("in_features", "out_features", "in_channels", "out_channels", "kernel_
 class Term:
     """One update at its strength, ready to be added to a layer's output.
 
-    The factors stay outside the module and follow the input's device and dtype: the base weight's dtype may be one
+    The tensors stay outside the module and follow the input's device and dtype: the base weight's dtype may be one
     that nothing can be computed in.
     """
 
-    def __init__(self, update: LowRankUpdate, weight: float, module: nn.Module) -> None:
+    def __init__(self, update: Update, weight: float, module: nn.Module) -> None:
         """Fits `update`, applied at strength `weight`, to `module`, whose shape it has."""
+        self._update = update
         # Padding, stride and any tiling patched onto it are the module's own.
         self._convolve: Callable[[Tensor, Tensor, None], Tensor] | None = getattr(module, "_conv_forward", None)
         # A 1 x 1 convolution and a linear layer are the same thing, and files don't agree on which of the two it is.
-        kernel: Shape = () if self._convolve is None else tuple(update.down.shape[2:]) or (1, 1)
-        self._scale = update.scale * weight
-        self._factors = (
-            update.down.reshape(*update.down.shape[:2], *kernel),
-            update.up.reshape(*update.up.shape[:2], *(1 for _ in kernel)),
-        )
-        self._cast = self._factors
+        self._kernel: Shape = () if self._convolve is None else tuple(module.kernel_size)  # type: ignore[arg-type]
+        self._inputs: int = module_shape(module)[1]
+        self._scale = update.scale * weight if isinstance(update, LowRankUpdate) else weight
+        self._cast: tuple[Tensor, Tensor | None] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """`dW x`, without the bias."""
-        if self._cast[0].device != x.device or self._cast[0].dtype != x.dtype:
-            self._cast = (self._factors[0].to(x.device, x.dtype), self._factors[1].to(x.device, x.dtype))
-        down, up = self._cast
-        if self._convolve is None:
-            return functional.linear(functional.linear(x, down) * self._scale, up)
-        return functional.conv2d(self._convolve(x, down, None) * self._scale, up)
+        if self._cast is None or self._cast[0].device != x.device or self._cast[0].dtype != x.dtype:
+            self._cast = self._for(x)
+        first, up = self._cast
+        out = functional.linear(x, first) if self._convolve is None else self._convolve(x, first, None)
+        out = out * self._scale
+        if up is None:
+            return out
+        return functional.linear(out, up) if self._convolve is None else functional.conv2d(out, up)
+
+    def _for(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A LoRA's two thin factors, or the dense update of any other kind, on the device and in the dtype of `x`."""
+        update = self._update
+        first = update.down if isinstance(update, LowRankUpdate) else update.dense()
+        first = first.reshape(first.shape[0], self._inputs, *self._kernel).to(x.device, x.dtype)
+        if not isinstance(update, LowRankUpdate):
+            return first, None
+        return first, update.up.reshape(*update.up.shape[:2], *(1 for _ in self._kernel)).to(x.device, x.dtype)
 
 
 class BranchLayer:
@@ -65,7 +74,7 @@ class BranchLayer:
         for acts, update, weight in ((SUBJECT, plan.subject, subject_weight), (STYLE, plan.style, style_weight)):
             if update is None or not used & {acts, BOTH}:
                 continue
-            if update.shape != shape:
+            if not update.fits(shape):
                 raise EstLoraError(
                     f"The {acts} doesn't fit this model: its update of {plan.layer.name} is {_by(update.shape)}, the"
                     f" layer is {_by(shape)}; choose a LoRA and a model of the same family."

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 
 import torch
 
-from est_lora.lora import LowRankUpdate
+from est_lora.lora import Update
 
 # What outweighs the mean of the L1 ratios this often is left out when the mean is taken again (as published).
 _OUTLIER = 3.0
 
 
-def l1_norm(update: LowRankUpdate) -> float:
+def l1_norm(update: Update) -> float:
     """`sum|dW|`, from the dense update."""
     return float(update.dense().abs().sum())
 
 
-def top_score(update: LowRankUpdate, count: int) -> float:
+def top_score(update: Update, count: int) -> float:
     """K-LoRA's score (arXiv 2502.18461): the sum of the `count` largest absolute entries of the dense update."""
     entries = update.dense().abs().flatten()
     return float(torch.topk(entries, min(count, entries.numel()), sorted=False).values.sum())

@@ -9,7 +9,7 @@ from est_lora.config import FusionConfig
 from est_lora.errors import EstLoraError, quote
 from est_lora.gate.energy import energy_balance, l1_balance, l1_norm, top_score
 from est_lora.gate.schedule import BOTH, NONE, STYLE, SUBJECT, Schedule, Segments, acting, always
-from est_lora.lora import LayerId, LoraFile, LowRankUpdate
+from est_lora.lora import LayerId, LoraFile, Update
 
 # Without a measured style discrepancy. K-LoRA's own: 0.5, and with the pattern s* 0.85 alpha.
 _BETA_UNMEASURED = 0.5
@@ -32,8 +32,8 @@ class LayerPlan:
     """
 
     layer: LayerId
-    subject: LowRankUpdate | None
-    style: LowRankUpdate | None
+    subject: Update | None
+    style: Update | None
     gated: bool
     energy_subject: float
     energy_style: float
@@ -114,21 +114,21 @@ class FusionPlan:
 class _Pair(NamedTuple):
     """One layer's two updates, and their energies."""
 
-    subject: LowRankUpdate | None
-    style: LowRankUpdate | None
+    subject: Update | None
+    style: Update | None
     energies: tuple[float, float]
 
     @classmethod
-    def of(cls, subject: LowRankUpdate | None, style: LowRankUpdate | None) -> _Pair:
+    def of(cls, subject: Update | None, style: Update | None) -> _Pair:
         return cls(subject, style, (_energy(subject), _energy(style)))
 
     @property
-    def both(self) -> tuple[LowRankUpdate, LowRankUpdate] | None:
+    def both(self) -> tuple[Update, Update] | None:
         """The two updates, where both change the layer."""
         return (self.subject, self.style) if self.subject and self.style and min(self.energies) > 0 else None
 
 
-def _energy(update: LowRankUpdate | None) -> float:
+def _energy(update: Update | None) -> float:
     energy = update.energy if update else 0.0
     return energy if energy > _LEAST_ENERGY else 0.0
 
@@ -196,7 +196,7 @@ def _check_same_model(subject: LoraFile, style: LoraFile) -> None:
         raise EstLoraError(f"{names} have no layer of the UNet in common, so there is nothing to choose between.")
     for layer in common:
         shapes = subject.updates[layer].shape, style.updates[layer].shape
-        if shapes[0] != shapes[1]:
+        if not subject.updates[layer].fits(shapes[1]):
             raise EstLoraError(
                 f"{names} are for different models: {layer.name} is {_by(shapes[0])} in one and {_by(shapes[1])} in the"
                 " other; choose two for the same."

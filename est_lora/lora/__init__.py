@@ -2,6 +2,6 @@
 
 from est_lora.lora.file import LoraFile
 from est_lora.lora.names import LayerId, UNetLayout
-from est_lora.lora.update import LowRankUpdate
+from est_lora.lora.update import LowRankUpdate, Update
 
-__all__ = ["LayerId", "LoraFile", "LowRankUpdate", "UNetLayout"]
+__all__ = ["LayerId", "LoraFile", "LowRankUpdate", "UNetLayout", "Update"]

@@ -16,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from est_lora.errors import EstLoraError, nearest, quote
+from est_lora.lora.kinds import KINDS, build
 from est_lora.lora.names import UNET, LayerId, UNetLayout, read_name
 from est_lora.lora.scaling import PeftScaling
-from est_lora.lora.update import LowRankUpdate, is_finite
+from est_lora.lora.update import Update, is_finite
 
 LORA = "lora"
 
@@ -38,7 +39,8 @@ _FACTORS = {
     "_lora.up.weight": ("up", "diffusers-processor"),
 }
 _ALPHA = ".alpha"
-# How a key ends -> the kind of layer that has such a tensor: recognised and counted, not applied.
+_BIAS = ".diff_b"
+# How a key ends -> the kind of layer that has such a tensor. Kinds that can't be built are recognised and counted.
 _OTHER_KINDS = {
     ".lora_mid.weight": "tucker",
     ".dora_scale": "dora",
@@ -50,7 +52,7 @@ _OTHER_KINDS = {
     **{f".hada_{name}": "loha" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f".lokr_{name}": "lokr" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t1", "t2")},
     ".diff": "full",
-    ".diff_b": "full",
+    _BIAS: "full",
     ".oft_blocks": "oft",
     ".oft_diag": "oft",
     ".on_input": "ia3",
@@ -80,8 +82,8 @@ class LoraFile:
 
     path: Path
     convention: str
-    updates: Mapping[LayerId, LowRankUpdate]
-    text_encoder: Mapping[LayerId, LowRankUpdate]
+    updates: Mapping[LayerId, Update]
+    text_encoder: Mapping[LayerId, Update]
     unsupported: Mapping[LayerId, str]
     unknown_keys: tuple[str, ...]
 
@@ -119,8 +121,7 @@ class LoraFile:
     def kinds(self) -> dict[str, int]:
         """How many layers there are of each kind, the applicable and the others."""
         count = Counter(self.unsupported.values())
-        if plain := len(self.updates) + len(self.text_encoder):
-            count[LORA] = plain
+        count.update(update.kind for part in (self.updates, self.text_encoder) for update in part.values())
         return dict(count.most_common())
 
     @property
@@ -171,7 +172,7 @@ class _Reader:
         self._layout = layout
         self._scaling = PeftScaling(path, file.metadata() or {})
         self._conventions: dict[str, set[str]] = {}
-        self._updates: dict[LayerId, LowRankUpdate] = {}
+        self._updates: dict[LayerId, Update] = {}
         self._unsupported: dict[LayerId, str] = {}
         self._unknown: list[str] = []
 
@@ -202,38 +203,43 @@ class _Reader:
         name = read_name(stem.replace(".processor.", "."), self._layout)
         if name is None or name.layer in self._updates or name.layer in self._unsupported:
             return False
-        factors = {_FACTORS[suffix]: key for suffix, key in by_suffix.items() if suffix in _FACTORS}
-        kinds = {_OTHER_KINDS[suffix] for suffix in by_suffix if suffix in _OTHER_KINDS}
-        if kinds:
-            self._unsupported[name.layer] = min(kinds)
-        elif len(factors) == 2 and len(by_suffix) == 2 + (_ALPHA in by_suffix) and len({c for _, c in factors}) == 1:
-            update = self._low_rank(
-                name.layer, {role: key for (role, _), key in factors.items()}, by_suffix.get(_ALPHA)
-            )
+        conventions = {_FACTORS[suffix][1] for suffix in by_suffix if suffix in _FACTORS}
+        kinds = {_OTHER_KINDS[suffix] for suffix in by_suffix if suffix in _OTHER_KINDS} or {LORA}
+        if len(conventions) > 1 or not (conventions or kinds - {LORA}):
+            return False
+        if len(kinds) == 1 and kinds <= KINDS.keys():
+            update = self._build(kinds.pop(), name.layer, by_suffix)
             if update is None:
                 return False
             self._updates[name.layer] = update
         else:
-            return False
-        convention = next((c for _, c in factors), "kohya" if name.underscored else "diffusers")
+            self._unsupported[name.layer] = min(kinds - {LORA})
+        convention = conventions.pop() if conventions else "kohya" if name.underscored else "diffusers"
         self._conventions.setdefault(name.layer.part, set()).add(convention + "-original" * name.original)
         return True
 
-    def _low_rank(self, layer: LayerId, factors: Mapping[str, str], alpha: str | None) -> LowRankUpdate | None:
-        down, up = self._tensor(factors["down"]), self._tensor(factors["up"])
-        if down is None or up is None or down.dim() not in (2, 4) or up.dim() not in (2, 4):
-            return None
-        rank = down.shape[0]
-        if up.shape[1] != rank:
-            raise EstLoraError(
-                f"{quote(self._path)} is damaged: the two factors of {layer.name} have different ranks,"
-                f" {rank} and {up.shape[1]}."
-            )
-        if math.prod(up.shape[2:]) != 1:
-            return None
-        return LowRankUpdate(
-            down, up, self._scaling(layer, rank) if alpha is None else self._alpha(alpha) / max(rank, 1)
-        )
+    def _build(self, kind: str, layer: LayerId, by_suffix: Mapping[str, str]) -> Update | None:
+        parts = {}
+        for suffix, key in by_suffix.items():
+            if suffix == _BIAS:  # named among what wasn't understood, while the weight's difference is applied
+                self._unknown.append(key)
+            elif suffix != _ALPHA:
+                tensor = self._tensor(key)
+                if tensor is None:
+                    return None
+                role = _FACTORS[suffix][0] if suffix in _FACTORS else suffix.strip(".").removesuffix(".weight")
+                parts[role] = tensor
+
+        def scale(rank: int) -> float:
+            alpha = by_suffix.get(_ALPHA)
+            return self._scaling(layer, rank) if alpha is None else self._alpha(alpha) / max(rank, 1)
+
+        try:
+            return build(kind, parts, scale)
+        except ValueError as error:
+            if isinstance(error, EstLoraError):
+                raise
+            raise EstLoraError(f"{quote(self._path)} is damaged: of {layer.name}, {error}.") from error
 
     def _alpha(self, key: str) -> float:
         tensor = self._file.get_tensor(key)

@@ -1,18 +1,58 @@
-"""What one LoRA does to one layer: `dW`, kept as the thin factors it came in."""
+"""What one file does to one layer: `dW`, kept in the form it came in."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+Shape = tuple[int, ...]
+
+
+class Update(ABC):
+    """The update `dW` of one weight, at strength 1, with its scaling applied.
+
+    Attributes:
+        kind: what this form is called.
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """The inner width; for a dense update min(out, in)."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> Shape:
+        """Shape of `dW`: (out, in), (out, in, kh, kw), or (out, in * kh * kw) where a file doesn't tell them apart."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """`dW` in float64, of `shape`."""
+
+    @cached_property
+    def energy(self) -> float:
+        """`||dW||_F^2`."""
+        return float(self.dense().square().sum())
+
+    def fits(self, shape: Shape) -> bool:
+        """Whether `dW` is an update of a weight of `shape`, be its kernel flattened or not."""
+        mine = self.shape
+        return mine == shape or (
+            min(len(mine), len(shape)) == 2 and mine[0] == shape[0] and math.prod(mine[1:]) == math.prod(shape[1:])
+        )
+
 
 @dataclass(frozen=True, eq=False)
-class LowRankUpdate:
-    """`dW = up @ down * scale`, the update of a linear or convolutional weight.
+class LowRankUpdate(Update):
+    """LoRA: `dW = up @ down * scale`, the update of a linear or convolutional weight.
 
     Attributes:
         down: (rank, in) or (rank, in, kh, kw).
@@ -20,6 +60,7 @@ class LowRankUpdate:
         scale: alpha / rank; the strength a user asks for is not in it.
     """
 
+    kind = "lora"
     down: Tensor
     up: Tensor
     scale: float
@@ -30,10 +71,9 @@ class LowRankUpdate:
         return self.down.shape[0]
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> Shape:
         """Shape of `dW`: (out, in), or (out, in, kh, kw) where the kernel is larger than 1 x 1."""
-        kernel = tuple(self.down.shape[2:])
-        return (self.up.shape[0], self.down.shape[1], *(kernel if math.prod(kernel) > 1 else ()))
+        return weight_shape(self.up.shape[0], self.down.shape[1], *self.down.shape[2:])
 
     @cached_property
     def energy(self) -> float:
@@ -49,16 +89,142 @@ class LowRankUpdate:
 
     def dense(self) -> Tensor:
         """`dW` in float64, of `shape`."""
-        product = self.up.flatten(1).double() @ self.down.flatten(1).double()
-        return (product * self.scale).reshape(self.shape)
+        return (Product(self.up.flatten(1), self.down.flatten(1)).dense() * self.scale).reshape(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A matrix that a file keeps as it is, as two factors, or as a Tucker form: what the other kinds are made of.
+
+    Attributes:
+        left: the matrix itself; or (out, rank); or, with a core, (rank, out).
+        right: (rank, in), or None.
+        core: (rank, rank, kh, kw), or None.
+    """
+
+    left: Tensor
+    right: Tensor | None = None
+    core: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """Inner width; of a whole matrix min(out, in)."""
+        return self.right.shape[0] if self.right is not None else min(self.left.shape[0], self.left[0].numel())
+
+    @property
+    def shape(self) -> Shape:
+        """(out, in) or (out, in, kh, kw)."""
+        if self.right is None:
+            return weight_shape(*self.left.shape)
+        if self.core is None:
+            return (self.left.shape[0], self.right.shape[1])
+        return weight_shape(self.left.shape[1], self.right.shape[1], *self.core.shape[2:])
+
+    def dense(self) -> Tensor:
+        """The matrix in float64, of `shape`."""
+        left = self.left.double()
+        if self.right is None:
+            return left.reshape(self.shape)
+        if self.core is None:
+            return left @ self.right.double()
+        return torch.einsum("ijkl,io,jn->onkl", self.core.double(), left, self.right.double()).reshape(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class ProductUpdate(Update):
+    """One product alone: LoRA in its Tucker form (`lora_mid`), or a full difference (`diff`)."""
+
+    product: Product
+    scale: float
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        """`tucker` or `full`."""
+        return "tucker" if self.product.core is not None else "full"
+
+    @property
+    def rank(self) -> int:
+        """The product's."""
+        return self.product.rank
+
+    @property
+    def shape(self) -> Shape:
+        """The product's."""
+        return self.product.shape
+
+    def dense(self) -> Tensor:
+        """`dW` in float64, of `shape`."""
+        return self.product.dense() * self.scale
+
+
+@dataclass(frozen=True, eq=False)
+class HadamardUpdate(Update):
+    """LoHa (arXiv 2108.06098): `dW = (a1 @ b1) * (a2 @ b2) * scale`, entry by entry."""
+
+    kind = "loha"
+    first: Product
+    second: Product
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """Inner width of each of the two products."""
+        return self.first.rank
+
+    @property
+    def shape(self) -> Shape:
+        """That of both products."""
+        return self.first.shape
+
+    def dense(self) -> Tensor:
+        """`dW` in float64, of `shape`."""
+        return self.first.dense() * self.second.dense() * self.scale
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerUpdate(Update):
+    """LoKr (arXiv 2212.10650): `dW = kron(small, large) * scale`; a convolution's kernel is in `large`."""
+
+    kind = "lokr"
+    small: Product
+    large: Product
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """That of a product whose rank is the product of the two factors' ranks."""
+        return self.small.rank * self.large.rank
+
+    @property
+    def shape(self) -> Shape:
+        """(out, in) or (out, in, kh, kw)."""
+        (a, b), (c, d, *kernel) = self.small.shape, self.large.shape
+        return (a * c, b * d, *kernel)
+
+    @cached_property
+    def energy(self) -> float:
+        """`||dW||_F^2 = ||small||_F^2 * ||large||_F^2 * scale^2`."""
+        small, large = (float(factor.dense().square().sum()) for factor in (self.small, self.large))
+        return small * large * self.scale * self.scale
+
+    def dense(self) -> Tensor:
+        """`dW` in float64, of `shape`."""
+        small, large = self.small.dense(), self.large.dense()
+        small = small.reshape(*small.shape, *(1 for _ in large.shape[2:]))
+        return torch.kron(small, large.contiguous()) * self.scale
+
+
+def weight_shape(out: int, inputs: int, *kernel: int) -> Shape:
+    """(out, in), or (out, in, kh, kw) where the kernel is larger than 1 x 1."""
+    return (out, inputs, *(kernel if math.prod(kernel) > 1 else ()))
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every entry is a number."""
+    return bool(torch.isfinite(tensor).all())
 
 
 def _normalised(factor: Tensor) -> tuple[Tensor, float]:
     matrix = factor.flatten(1).double()
     peak = float(matrix.abs().amax()) if matrix.numel() else 0.0
     return (matrix / peak if peak else matrix), peak
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether every entry is a number."""
-    return bool(torch.isfinite(tensor).all())

@@ -78,13 +78,11 @@ def test_text_encoder_layers_are_kept_apart(tmp_path, prefix, part):
 
 
 OTHER_KINDS = {
-    "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
-    "lokr": ("lokr_w1", "lokr_w2_a", "lokr_w2_b"),
-    "full": ("diff",),
     "dora": ("lora_down.weight", "lora_up.weight", "dora_scale"),
-    "tucker": ("lora_down.weight", "lora_mid.weight", "lora_up.weight"),
+    "lora-bias": ("lora_A.weight", "lora_B.weight", "lora_B.bias"),
     "ia3": ("weight", "on_input"),
     "oft": ("oft_blocks",),
+    "glora": ("a1.weight", "a2.weight", "b1.weight", "b2.weight"),
     "norm": ("w_norm", "b_norm"),
 }
 
