@@ -129,6 +129,8 @@ class FusionConfig:
         "attention", "which layers the gate decides: attention projections, or all", choices=("attention", "all")
     )
     other: str = _knob("sum", "what happens to layers the gate doesn't decide (est, k-lora)", choices=("sum", "off"))
+    subject_te: float = _knob(1.0, "strength of the subject file's text-encoder part", low=-2, high=2)
+    style_te: float = _knob(1.0, "strength of the style file's text-encoder part", low=-2, high=2)
     engine: str = _knob(
         "auto", "how updates are applied; never changes the picture beyond rounding", choices=("auto", "branch")
     )

@@ -100,6 +100,7 @@ def test_balance_is_null_without_a_layer_to_balance(run, tmp_path):
 def test_every_knob_is_a_flag(pair, run):
     given = {"subject_weight": -0.5, "style_weight": 1.5, "beta": 0.3, "alpha": 2.0, "lean": -0.25, "balance": "l1"}
     given |= {"pattern": "s*", "clock": "step", "method": "k-lora", "layers": "all", "other": "off", "engine": "branch"}
+    given |= {"subject_te": 0.0, "style_te": 0.5}
     assert given.keys() | {"subject", "style"} == {field.key for field in FIELDS}
     flags = [text for field in FIELDS if field.key in given for text in (field.flag, given[field.key])]
     code, out, _ = run("inspect", "subject.safetensors", "style.safetensors", "--json", *flags)
@@ -157,6 +158,7 @@ def sdxl(path):
     write(path, random_lora(1, width=32, context=2048))
 
 
+FLUX, SD3 = "lora_unet_double_blocks_3_img_attn_proj", "transformer.transformer_blocks.3.attn.to_q"
 BAD_FILES = {
     "text": lambda path: path.write_text("no safetensors file at all"),
     "truncated": lambda path: path.write_bytes(write(path, random_lora(1)).read_bytes()[:-50]),
@@ -171,6 +173,8 @@ BAD_FILES = {
     "empty file": lambda path: path.write_bytes(b""),
     "no tensors": lambda path: save_file({}, path),
     "nothing known": lambda path: save_file({"transformer.x": torch.ones(2)}, path),
+    "flux": lambda path: save_file({f"{FLUX}.lora_{side}.weight": torch.ones(2, 2) for side in ("down", "up")}, path),
+    "sd3": lambda path: save_file({f"{SD3}.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}, path),
     "folder": lambda path: path.mkdir(),
     "missing": lambda path: None,
     "another model": sdxl,
@@ -190,6 +194,8 @@ SAYS = {
     "empty file": "is an empty file",
     "no tensors": "holds no tensors",
     "nothing known": "no tensor that is known from a LoRA",
+    "flux": "a LoRA for Flux, which has no UNet",
+    "sd3": "a LoRA for SD3, which has no UNet",
     "folder": "is a folder",
     "missing": "did you mean 'style.safetensors'",
     "another model": "for different models, SDXL and SD1.5",

@@ -26,6 +26,8 @@ PUBLISHED = {  # key: (default, an accepted value, refused values)
     "method": ("est", "k-lora", ["klora", "sums"]),
     "layers": ("attention", "all", ["none"]),
     "other": ("sum", "off", ["subject"]),
+    "subject_te": (1, 0, [-2.5, "none"]),
+    "style_te": (1, -2, [2.5, None]),
     "engine": ("auto", "branch", ["merge", "fast"]),
 }
 

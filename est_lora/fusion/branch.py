@@ -50,10 +50,10 @@ class Term:
         """A LoRA's two thin factors, or the dense update of any other kind, on the device and in the dtype of `x`."""
         update = self._update
         first = update.down if isinstance(update, LowRankUpdate) else update.dense()
-        first = first.reshape(first.shape[0], self._inputs, *self._kernel).to(x.device, x.dtype)
+        first = first.reshape(first.shape[0], self._inputs, *self._kernel).to(x.dtype).to(x.device)
         if not isinstance(update, LowRankUpdate):
             return first, None
-        return first, update.up.reshape(*update.up.shape[:2], *(1 for _ in self._kernel)).to(x.device, x.dtype)
+        return first, update.up.reshape(*update.up.shape[:2], *(1 for _ in self._kernel)).to(x.dtype).to(x.device)
 
 
 class BranchLayer:

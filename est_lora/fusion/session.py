@@ -15,11 +15,14 @@ from torch.utils.hooks import RemovableHandle
 from est_lora.errors import EstLoraError
 from est_lora.fusion.branch import BranchLayer, remove_branches
 from est_lora.gate import NONE, FusionPlan, LayerPlan, Segment
+from est_lora.lora.names import UNET
 
 log = logging.getLogger(__name__)
 
 # torch.compile hangs the model it compiled below this name.
 _COMPILED = "_orig_mod."
+# A level of names that newer transformers have dropped.
+_TEXT_MODEL = "text_model."
 
 
 class FusionSession:
@@ -29,10 +32,11 @@ class FusionSession:
     (however it ends), and when the session is garbage-collected.
     """
 
-    def __init__(self, model: nn.Module, plan: FusionPlan) -> None:
-        """`model` is the UNet; its modules carry the names that diffusers gives them."""
+    def __init__(self, model: nn.Module, plan: FusionPlan, part: str = UNET) -> None:
+        """`model` is the `part` of a pipeline that layers belong to; its modules have the names diffusers gives them."""
         self.model = model
         self.plan = plan
+        self.part = part
         self.tau: float | None = None
         self.missing: tuple[str, ...] = ()
         self._layers: list[tuple[BranchLayer, LayerPlan, nn.Module]] = []
@@ -50,7 +54,7 @@ class FusionSession:
     @property
     def remarks(self) -> list[str]:
         """What a user should know: of the files, and of layers that this model doesn't have."""
-        said = self.plan.remarks
+        said = self.plan.remarks if self.part == UNET else []
         if self.missing:
             count = len(self.missing)
             said.append(f"{count} layers of the files aren't in this model and are left out, e.g. {self.missing[0]}.")
@@ -115,17 +119,23 @@ class FusionSession:
     def _matched(self) -> list[tuple[BranchLayer, LayerPlan, nn.Module]]:
         modules = {name.replace(_COMPILED, ""): module for name, module in self.model.named_modules()}
         config = self.plan.config
+        if self.part == UNET:
+            layers, strengths = self.plan.layers, (config.subject_weight, config.style_weight)
+        else:
+            layers = tuple(plan for plan in self.plan.text_layers if plan.layer.part == self.part)
+            strengths = (config.subject_te, config.style_te)
         matched, missing = [], []
-        for plan in self.plan.layers:
+        for plan in layers:
             if not _ever_acts(plan.segments):
                 continue
-            module = modules.get(plan.layer.name)
+            name = plan.layer.name
+            module = modules.get(name) or modules.get(name.removeprefix(_TEXT_MODEL))
             if module is None:
-                missing.append(plan.layer.name)
+                missing.append(name)
             else:
-                layer = BranchLayer(plan, module, config.subject_weight, config.style_weight)
+                layer = BranchLayer(plan, module, *strengths)
                 matched.append((layer, plan, module))
-        if missing and not matched:
+        if missing and not matched and self.part == UNET:
             raise EstLoraError(
                 f"None of the {len(missing)} layers that the two LoRAs change is in this model, e.g. {missing[0]}:"
                 " choose LoRAs that were made for it."

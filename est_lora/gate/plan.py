@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -55,6 +57,7 @@ class FusionPlan:
         beta: the number that was used for it.
         balance: `gamma`; None where no gated layer has both updates.
         layers: every UNet layer that either file has, in the order of the network.
+        text_layers: the same of the text encoders. They have no `tau`: what a file has there always acts.
     """
 
     config: FusionConfig
@@ -63,6 +66,7 @@ class FusionPlan:
     beta: float
     balance: float | None
     layers: tuple[LayerPlan, ...]
+    text_layers: tuple[LayerPlan, ...]
 
     @classmethod
     def of(
@@ -84,7 +88,7 @@ class FusionPlan:
         _check_has_updates(STYLE, style)
         _check_same_model(subject, style)
         schedule = Schedule(config.alpha, _beta(config, discrepancy), config.lean, config.pattern)
-        layers = sorted(subject.updates.keys() | style.updates.keys(), key=lambda layer: layer.order)
+        layers = _union(subject.updates, style.updates)
         pairs = [_Pair.of(subject.updates.get(layer), style.updates.get(layer)) for layer in layers]
         gated = [config.layers == "all" or layer.is_attention for layer in layers]
         balance = _balance([pair for pair, is_gated in zip(pairs, gated) if is_gated and pair.both], config)
@@ -93,7 +97,11 @@ class FusionPlan:
             rho = _rho(pair, balance, config)
             segments = _segments(pair, is_gated, rho, schedule, config)
             plans.append(LayerPlan(layer, pair.subject, pair.style, is_gated, *pair.energies, rho, segments))
-        return cls(config, subject, style, schedule.beta, balance, tuple(plans))
+        text = (
+            _text_layer(layer, subject, style, schedule, config)
+            for layer in _union(subject.text_encoder, style.text_encoder)
+        )
+        return cls(config, subject, style, schedule.beta, balance, tuple(plans), tuple(text))
 
     @property
     def only_subject(self) -> list[str]:
@@ -126,6 +134,18 @@ class _Pair(NamedTuple):
     def both(self) -> tuple[Update, Update] | None:
         """The two updates, where both change the layer."""
         return (self.subject, self.style) if self.subject and self.style and min(self.energies) > 0 else None
+
+
+def _union(one: Mapping[LayerId, Update], other: Mapping[LayerId, Update]) -> list[LayerId]:
+    return sorted(one.keys() | other.keys(), key=lambda layer: layer.order)
+
+
+def _text_layer(
+    layer: LayerId, subject: LoraFile, style: LoraFile, schedule: Schedule, config: FusionConfig
+) -> LayerPlan:
+    pair = _Pair.of(subject.text_encoder.get(layer), style.text_encoder.get(layer))
+    segments = _segments(pair, False, None, schedule, dataclasses.replace(config, other="sum"))
+    return LayerPlan(layer, pair.subject, pair.style, False, *pair.energies, None, segments)
 
 
 def _energy(update: Update | None) -> float:
@@ -175,11 +195,13 @@ def _check_has_updates(role: str, file: LoraFile) -> None:
     if not file.updates:
         if file.text_encoder:
             holds = f"only a text-encoder part ({len(file.text_encoder)} layers)"
+        elif file.base_model:
+            holds = f"a LoRA for {file.base_model}, which has no UNet"
         elif file.unsupported:
             holds = f"only layers of kinds that can't be applied yet ({', '.join(file.kinds)})"
         else:
             holds = "no tensor that is known from a LoRA"
-        raise EstLoraError(f"{name} can't be the {role}: it holds {holds}, and a fusion happens in the UNet.")
+        raise EstLoraError(f"{name} can't be the {role}: it holds {holds}, and a fusion happens in a UNet.")
     for layer, update in file.updates.items():
         if update.energy > _MOST_ENERGY:
             raise EstLoraError(f"{name} is damaged: its update of {layer.name} is too large to be a LoRA's.")

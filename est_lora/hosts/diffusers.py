@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from os import PathLike
 from typing import Any
 
@@ -17,6 +17,7 @@ from est_lora.errors import EstLoraError
 from est_lora.fusion import FusionSession
 from est_lora.gate import FusionPlan
 from est_lora.lora import LoraFile, UNetLayout
+from est_lora.lora.names import TEXT_ENCODERS
 
 log = logging.getLogger(__name__)
 
@@ -58,14 +59,25 @@ def fuse(
             timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
             session.at(_progress(pipe.scheduler, timestep, config.clock))
 
-    handle = unet.register_forward_pre_hook(tell, with_kwargs=True)
-    try:
-        with session:
-            for remark in session.remarks:
+    with ExitStack() as undone:
+        undone.callback(unet.register_forward_pre_hook(tell, with_kwargs=True).remove)
+        sessions = [session, *_text_sessions(pipe, session.plan)]
+        for each in sessions:
+            undone.enter_context(each)
+            for remark in each.remarks:
                 log.warning("%s", remark)
-            yield session
-    finally:
-        handle.remove()
+        for each in sessions[1:]:
+            each.at(0.0)  # a text encoder has no progress: what acts there acts always
+        yield session
+
+
+def _text_sessions(pipe: Any, plan: FusionPlan) -> Iterator[FusionSession]:
+    for part in TEXT_ENCODERS:
+        encoder = getattr(pipe, part, None)
+        if isinstance(encoder, nn.Module):
+            yield FusionSession(encoder, plan, part)
+        elif count := sum(layer.layer.part == part for layer in plan.text_layers):
+            log.warning("%d layers of the files are for a %s, which this pipeline doesn't have.", count, part)
 
 
 def load_plan(config: FusionConfig, unet: nn.Module | None = None) -> FusionPlan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,6 +65,10 @@ _OTHER_KINDS = {
 _SUPPLEMENTS = (".rescale", ".weight")
 _SUFFIXES = (*_FACTORS, _ALPHA, *_OTHER_KINDS, *_SUPPLEMENTS)
 _FAMILIES = {768: "SD1.5", 1024: "SD2", 2048: "SDXL"}
+_WITHOUT_UNET = (
+    ("Flux", re.compile(r"(double|single)_blocks[._]\d|single_transformer_blocks[._]\d")),
+    ("SD3", re.compile(r"joint_blocks[._]\d|transformer[._](transformer_)?blocks[._]\d+[._]attn[._](to_|add_)")),
+)
 _READABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -141,11 +146,15 @@ class LoraFile:
 
     @property
     def base_model(self) -> str | None:
-        """The model family it was trained for, by the width of the text that its cross-attention reads; or None."""
+        """The model family it was trained for, where that can be told.
+
+        By the width of the text that its cross-attention reads; of models that have no UNet, by their layers' names.
+        """
         for layer, update in self.updates.items():
             if layer.name.endswith((".attn2.to_k", ".attn2.to_v")):
                 return _FAMILIES.get(update.shape[1])
-        return None
+        named = (family for family, found in _WITHOUT_UNET for key in self.unknown_keys if found.search(key))
+        return None if self.updates else next(named, None)
 
     @property
     def remarks(self) -> list[str]:
@@ -154,8 +163,6 @@ class LoraFile:
         if self.unsupported:
             kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(self.unsupported.values()).most_common())
             said.append(f"{name} has layers of kinds that can't be applied yet ({kinds}); they are left out.")
-        if self.text_encoder:
-            said.append(f"{name} has {len(self.text_encoder)} text-encoder layers, which aren't applied yet.")
         if self.unknown_keys:
             more = f" and {len(self.unknown_keys) - 3} more" if len(self.unknown_keys) > 3 else ""
             named = ", ".join(quote(key) for key in self.unknown_keys[:3])
