@@ -106,7 +106,9 @@ def test_a_process_that_knows_nothing_of_the_embedded_model_generates_with_it(tm
 def test_ctrl_c_while_drawing_writes_nothing(tmp_path):
     arguments = ["--model", str(BASE), *FILES, "--prompt", "x", "--steps", "1000", "-o", str(tmp_path / "out")]
     command = [sys.executable, "-m", "est_lora", "generate", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+    # Started in the background, this test would hand down that interrupts are ignored.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **heard) as running:
         seen = b""
         while b"/1000" not in seen:  # the progress bar: it draws
             seen += running.stderr.read(1)
