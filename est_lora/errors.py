@@ -16,7 +16,10 @@ class EstLoraError(ValueError):
 
 def quote(value: object) -> str:
     """`value` as it may stand in a message: one line, in quotes, cut at 80 characters (a path keeps its end)."""
-    text = str(value)
+    try:
+        text = str(value)
+    except ValueError:  # a number of thousands of digits
+        text = f"a very long {type(value).__name__}"
     if len(text) > _LONGEST_QUOTE:
         text = f"...{text[-_LONGEST_QUOTE:]}" if isinstance(value, PurePath) else f"{text[:_LONGEST_QUOTE]}..."
     return repr(text)
@@ -25,7 +28,7 @@ def quote(value: object) -> str:
 def reason(error: Exception) -> str:
     """What another library says went wrong, as the end of a sentence of ours: its first sentence, one line, cut."""
     first = str(error).strip().partition("\n")[0].partition(". ")[0][:_LONGEST_REASON]
-    return first.rstrip(".") + "."
+    return first.rstrip(" .:({[") + "."
 
 
 def nearest(asked: str, there: Iterable[str], most: int = 3) -> list[str]:

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from est_lora.gate import BOTH, NONE, STYLE, SUBJECT, FusionPlan, LayerPlan
+from est_lora.gate import BOTH, NEEDS_MODEL, NONE, STYLE, SUBJECT, FusionPlan, LayerPlan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Told apart by every kind of colour vision, and in grey.
-COLOURS = {SUBJECT: "#2f5d9b", STYLE: "#f0a33c", BOTH: "#7fae86", NONE: "#e4e4e4"}
+COLOURS = {SUBJECT: "#2f5d9b", STYLE: "#f0a33c", BOTH: "#7fae86", NONE: "#e4e4e4", NEEDS_MODEL: "#b9a7c9"}
 _COLUMNS = 800
 _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)|(mid)_block")
 
@@ -30,7 +30,11 @@ def gate_map(plan: FusionPlan) -> Figure:
     _draw_map(upper, plan)
     _draw_share(lower, plan)
     names = f"{plan.subject.path.stem}  x  {plan.style.path.stem}"
-    upper.set_title(f"{names}\n{plan.config.method}, beta {plan.beta:.3g}, alpha {plan.config.alpha:g}", fontsize=10)
+    upper.set_title(
+        f"{names}\n{plan.config.method}, beta {plan.beta:.3g}, alpha {plan.config.alpha:g}",
+        fontsize=10,
+        parse_math=False,
+    )
     return figure
 
 

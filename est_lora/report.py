@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from typing import Any
 
-from est_lora.gate import NONE, STYLE, SUBJECT, FusionPlan, LayerPlan
+from est_lora.gate import NEEDS_MODEL, NONE, STYLE, SUBJECT, FusionPlan, LayerPlan
 from est_lora.lora import LoraFile
 
 
@@ -21,6 +21,7 @@ def to_json(plan: FusionPlan) -> dict[str, Any]:
         "layers": [_layer(layer) for layer in plan.layers],
         "only_subject": plan.only_subject,
         "only_style": plan.only_style,
+        "remarks": plan.remarks,
     }
 
 
@@ -37,15 +38,30 @@ def summary(plan: FusionPlan) -> str:
         )
     counts = Counter(_pattern(layer) for layer in gated)
     for acts, count in counts.most_common():
-        if len(acts) == 1:
+        if acts == (NEEDS_MODEL,):
+            said.append(f"{count} need the model to be decided")
+        elif len(acts) == 1:
             where = "use neither" if acts[0] == NONE else f"use {'both' if acts[0] == 'both' else 'the ' + acts[0]}"
             said.append(f"{count} {where} throughout")
         elif acts != (SUBJECT, STYLE):
             said.append(f"{count} go {' - '.join(acts)}")
-    if ungated := len(plan.layers) - len(gated):
-        others = Counter(layer.segments[0].acts for layer in plan.layers if not layer.gated)
-        said.append(f"{ungated} other layers: " + ", ".join(f"{count} {acts}" for acts, count in others.most_common()))
-    return "; ".join(said) + "."
+    return "; ".join(said) + "." if said else "No layer is gated."
+
+
+def coverage(plan: FusionPlan) -> str:
+    """How many layers of the UNet are gated, added and left out, and why, in one line."""
+    gated = [layer for layer in plan.layers if layer.gated]
+    alone = sum(layer.subject is None or layer.style is None for layer in gated)
+    said = [f"{len(gated)} gated" + (f" ({alone} of them in one file alone, which acts there)" if alone else "")]
+    for acts, count in Counter(layer.segments[0].acts for layer in plan.layers if not layer.gated).most_common():
+        if acts == NONE:
+            said.append(f"{count} left out (other {plan.config.other}, method {plan.config.method})")
+        else:
+            said.append(f"{count} outside the gate and added ({acts})")
+    for role, file in ((SUBJECT, plan.subject), (STYLE, plan.style)):
+        if left := len(file.unsupported) + len(file.unreadable):
+            said.append(f"{left} of the {role}'s left out (see its remarks)")
+    return f"{len(plan.layers)} layers: " + ", ".join(said)
 
 
 def table(plan: FusionPlan) -> str:
@@ -57,7 +73,9 @@ def table(plan: FusionPlan) -> str:
         *_described("style", plan.style),
         "",
         f"method {config.method} - balance {balance} - style pressure {_pressure(plan)}",
-        f"{summary(plan)}",
+        coverage(plan),
+        summary(plan),
+        *plan.remarks[len(plan.subject.remarks) + len(plan.style.remarks) :],
         "",
         *_columns([("layer", "E subject", "E style", "rho", "who acts"), *map(_row, plan.layers)]),
     ]
@@ -112,7 +130,11 @@ def _row(plan: LayerPlan) -> tuple[str, ...]:
     acts = plan.segments[0].acts + "".join(
         f", {segment.acts} from {segment.start:.1%}" for segment in plan.segments[1:]
     )
-    return (plan.layer.name, f"{plan.energy_subject:.4g}", f"{plan.energy_style:.4g}", rho, acts)
+    return (plan.layer.name, _energy(plan.energy_subject), _energy(plan.energy_style), rho, acts)
+
+
+def _energy(energy: float | None) -> str:
+    return "?" if energy is None else f"{energy:.4g}"
 
 
 def _columns(rows: list[tuple[str, ...]]) -> list[str]:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +18,7 @@ PUBLISHED = {  # key: (default, an accepted value, refused values)
     "style": (None, "b.safetensors", ["", 3]),
     "subject_weight": (1, -2, [-2.01, 2.01, "x", None, True]),
     "style_weight": (1, 2, [-3, 3, [], {}]),
-    "beta": ("auto", 2, [-0.1, 2.1, "AUTO", None, math.nan]),
+    "beta": ("auto", 2, [-0.1, 2.1, "AUTO", None, math.nan, 10**5000, torch.ones(2)]),
     "alpha": (1.5, 10, [0, -1, 10.5, math.inf, "auto"]),
     "lean": (0, -1, [-1.1, 1.1]),
     "balance": ("energy", "l1", ["L1", None, 1]),

@@ -36,7 +36,7 @@ def demo(folder: Path, seed: int = 0) -> list[Path]:
     pipe.set_progress_bar_config(disable=True)
     with tqdm(total=len(_METHODS) * STEPS, desc="drawing", unit="step") as bar:
         columns = {name: _draw(pipe, method, seed, bar) for name, method in _METHODS.items()}
-    plan = load_plan(FusionConfig(subject=str(SUBJECT_LORA), style=str(STYLE_LORA)), pipe.unet)
+    plan = load_plan(FusionConfig(subject=str(SUBJECT_LORA), style=str(STYLE_LORA)), pipe)
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {folder / "contact-sheet.png": _sheet(columns), folder / "gate-map.png": gate_map(plan)}
     for path, figure in drawn.items():

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from est_lora.errors import EstLoraError
+from est_lora.fusion.modules import module_shape, unwrapped
 from est_lora.gate import BOTH, STYLE, SUBJECT, LayerPlan
-from est_lora.lora import LowRankUpdate, Update
-
-Shape = tuple[int, ...]
-_SIZES = ("in_features", "out_features", "in_channels", "out_channels", "kernel_size")
+from est_lora.lora import Shape, Update, shape_text
 
 
 class Term:
@@ -27,33 +24,45 @@ class Term:
     def __init__(self, update: Update, weight: float, module: nn.Module) -> None:
         """Fits `update`, applied at strength `weight`, to `module`, whose shape it has."""
         self._update = update
+        self._weight = weight
         # Padding, stride and any tiling patched onto it are the module's own.
         self._convolve: Callable[[Tensor, Tensor, None], Tensor] | None = getattr(module, "_conv_forward", None)
         # A 1 x 1 convolution and a linear layer are the same thing, and files don't agree on which of the two it is.
         self._kernel: Shape = () if self._convolve is None else tuple(module.kernel_size)  # type: ignore[arg-type]
         self._inputs: int = module_shape(module)[1]
-        self._scale = update.scale * weight if isinstance(update, LowRankUpdate) else weight
-        self._cast: tuple[Tensor, Tensor | None] | None = None
+        self._cast: _Cast | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """`dW x`, without the bias."""
-        if self._cast is None or self._cast[0].device != x.device or self._cast[0].dtype != x.dtype:
+        """`dW x`, and what the update adds to the bias."""
+        if self._cast is None or self._cast.first.device != x.device or self._cast.first.dtype != x.dtype:
             self._cast = self._for(x)
-        first, up = self._cast
+        first, up, scale, bias = self._cast
         out = functional.linear(x, first) if self._convolve is None else self._convolve(x, first, None)
-        out = out * self._scale
-        if up is None:
-            return out
-        return functional.linear(out, up) if self._convolve is None else functional.conv2d(out, up)
+        out = out * scale
+        if up is not None:
+            out = functional.linear(out, up) if self._convolve is None else functional.conv2d(out, up)
+        return out if bias is None else out + bias
 
-    def _for(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A LoRA's two thin factors, or the dense update of any other kind, on the device and in the dtype of `x`."""
-        update = self._update
-        first = update.down if isinstance(update, LowRankUpdate) else update.dense()
-        first = first.reshape(first.shape[0], self._inputs, *self._kernel).to(x.dtype).to(x.device)
-        if not isinstance(update, LowRankUpdate):
-            return first, None
-        return first, update.up.reshape(*update.up.shape[:2], *(1 for _ in self._kernel)).to(x.dtype).to(x.device)
+    def _for(self, x: Tensor) -> _Cast:
+        """The two thin factors, or where it has none the dense update, on the device and in the dtype of `x`."""
+        factors, bias = self._update.factors(), self._update.bias
+        up, first, scale = factors or (None, self._update.dense(), 1.0)
+        first = first.reshape(first.shape[0], self._inputs, *self._kernel)
+        ones = [1] * len(self._kernel)
+        if up is not None:
+            up = up.reshape(*up.shape[:2], *ones).to(x.dtype).to(x.device)
+        if bias is not None:
+            bias = (bias * self._weight).reshape(-1, *ones).to(x.dtype).to(x.device)
+        return _Cast(first.to(x.dtype).to(x.device), up, scale * self._weight, bias)
+
+
+class _Cast(NamedTuple):
+    """`(up @ first * scale) x + bias`, or without `up` `(first * scale) x + bias`."""
+
+    first: Tensor
+    up: Tensor | None
+    scale: float
+    bias: Tensor | None
 
 
 class BranchLayer:
@@ -63,11 +72,9 @@ class BranchLayer:
         """Prepares both updates of `plan` for `module`.
 
         Raises:
-            EstLoraError: an update's shape isn't the module's.
+            EstLoraError: an update's shape isn't the module's, or it still waits for the model's own weight.
         """
-        inner = module
-        while isinstance(wrapped := getattr(inner, "base_layer", None), nn.Module):  # a user's own peft adapter
-            inner = wrapped
+        inner = unwrapped(module)
         shape = module_shape(inner)
         used = {segment.acts for segment in plan.segments}
         self._terms: dict[str, tuple[Term, ...]] = {}
@@ -76,8 +83,14 @@ class BranchLayer:
                 continue
             if not update.fits(shape):
                 raise EstLoraError(
-                    f"The {acts} doesn't fit this model: its update of {plan.layer.name} is {_by(update.shape)}, the"
-                    f" layer is {_by(shape)}; choose a LoRA and a model of the same family."
+                    f"The {acts} doesn't fit this model: its update of {plan.layer.name} is"
+                    f" {shape_text(update.shape) or 'for another width'}, the layer is"
+                    f" {shape_text(shape) or 'of another type'}; choose a LoRA and a model of the same family."
+                )
+            if update.needs_model:
+                raise EstLoraError(
+                    f"The {acts}'s update of {plan.layer.name} depends on the layer's own weight, and this plan was made"
+                    " without the model: make it with the model's weights."
                 )
             self._terms[acts] = (Term(update, weight, inner),)
         self._terms[BOTH] = tuple(term for terms in self._terms.values() for term in terms)
@@ -106,21 +119,3 @@ def remove_branches(model: nn.Module) -> int:
             del module._forward_hooks[key]
             found += 1
     return found
-
-
-def module_shape(module: nn.Module) -> Shape:
-    """(out, in) of a linear layer, (out, in, kh, kw) of a convolution with a kernel larger than 1 x 1; () of others.
-
-    Read off what the module says of itself: a quantised weight has another shape than the matrix it stands for.
-    """
-    sizes: dict[str, Any] = {name: getattr(module, name, None) for name in _SIZES}
-    if isinstance(sizes["in_features"], int):
-        return (sizes["out_features"], sizes["in_features"])
-    if isinstance(sizes["in_channels"], int) and sizes["kernel_size"]:
-        kernel = tuple(sizes["kernel_size"])
-        return (sizes["out_channels"], sizes["in_channels"], *(kernel if math.prod(kernel) > 1 else ()))
-    return ()
-
-
-def _by(shape: Shape) -> str:
-    return " x ".join(map(str, shape)) or "neither linear nor a convolution"

@@ -14,15 +14,11 @@ from torch.utils.hooks import RemovableHandle
 
 from est_lora.errors import EstLoraError
 from est_lora.fusion.branch import BranchLayer, remove_branches
+from est_lora.fusion.modules import find, modules_of
 from est_lora.gate import NONE, FusionPlan, LayerPlan, Segment
 from est_lora.lora.names import UNET
 
 log = logging.getLogger(__name__)
-
-# torch.compile hangs the model it compiled below this name.
-_COMPILED = "_orig_mod."
-# A level of names that newer transformers have dropped.
-_TEXT_MODEL = "text_model."
 
 
 class FusionSession:
@@ -56,8 +52,8 @@ class FusionSession:
         """What a user should know: of the files, and of layers that this model doesn't have."""
         said = self.plan.remarks if self.part == UNET else []
         if self.missing:
-            count = len(self.missing)
-            said.append(f"{count} layers of the files aren't in this model and are left out, e.g. {self.missing[0]}.")
+            count, example = len(self.missing), self.missing[0]
+            said.append(f"Layers of the files that aren't in this model and are left out: {count}, e.g. {example}.")
         return said
 
     def attach(self) -> None:
@@ -117,7 +113,7 @@ class FusionSession:
         self.detach()
 
     def _matched(self) -> list[tuple[BranchLayer, LayerPlan, nn.Module]]:
-        modules = {name.replace(_COMPILED, ""): module for name, module in self.model.named_modules()}
+        modules = modules_of(self.model)
         config = self.plan.config
         if self.part == UNET:
             layers, strengths = self.plan.layers, (config.subject_weight, config.style_weight)
@@ -129,9 +125,14 @@ class FusionSession:
             if not _ever_acts(plan.segments):
                 continue
             name = plan.layer.name
-            module = modules.get(name) or modules.get(name.removeprefix(_TEXT_MODEL))
+            module = find(modules, name)
             if module is None:
                 missing.append(name)
+            elif _is_fused_away(name, modules):
+                raise EstLoraError(
+                    f"The projections of {name.rpartition('.')[0]} are fused into one, which leaves no place for a LoRA:"
+                    " call pipe.unfuse_qkv_projections() first."
+                )
             else:
                 layer = BranchLayer(plan, module, *strengths)
                 matched.append((layer, plan, module))
@@ -142,6 +143,13 @@ class FusionSession:
             )
         self.missing = tuple(missing)
         return matched
+
+
+def _is_fused_away(name: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether diffusers calls another module, of q, k and v in one, in place of this projection."""
+    parent, _, leaf = name.rpartition(".")
+    processor = getattr(modules.get(parent), "processor", None)
+    return leaf in ("to_q", "to_k", "to_v") and type(processor).__name__.startswith("Fused")
 
 
 def _ever_acts(segments: Sequence[Segment]) -> bool:

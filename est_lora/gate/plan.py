@@ -10,8 +10,9 @@ from typing import NamedTuple
 from est_lora.config import FusionConfig
 from est_lora.errors import EstLoraError, quote
 from est_lora.gate.energy import energy_balance, l1_balance, l1_norm, top_score
-from est_lora.gate.schedule import BOTH, NONE, STYLE, SUBJECT, Schedule, Segments, acting, always
+from est_lora.gate.schedule import BOTH, NEEDS_MODEL, NONE, STYLE, SUBJECT, Schedule, Segments, acting, always
 from est_lora.lora import LayerId, LoraFile, Update
+from est_lora.lora.update import shape_text
 
 # Without a measured style discrepancy. K-LoRA's own: 0.5, and with the pattern s* 0.85 alpha.
 _BETA_UNMEASURED = 0.5
@@ -28,8 +29,9 @@ class LayerPlan:
         layer: which one.
         subject, style: the two updates; None where a file doesn't have the layer.
         gated: whether it is one of the layers that the gate decides.
-        energy_subject, energy_style: `||dW||_F^2` at strength 1; 0 where there is no update.
-        rho: `E_subject / (gamma * E_style)`; None where either is 0 or there is no gamma.
+        energy_subject, energy_style: `||dW||_F^2` at strength 1; 0 where there is no update, None where it depends on
+            weights of the model that aren't known.
+        rho: `E_subject / (gamma * E_style)`; None where either is 0 or None, or there is no gamma.
         segments: who acts from which `tau` on; they cover [0, 1].
     """
 
@@ -37,10 +39,15 @@ class LayerPlan:
     subject: Update | None
     style: Update | None
     gated: bool
-    energy_subject: float
-    energy_style: float
+    energy_subject: float | None
+    energy_style: float | None
     rho: float | None
     segments: Segments
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether one of its updates depends on weights of the model that aren't known."""
+        return any(update is not None and update.needs_model for update in (self.subject, self.style))
 
     def acts(self, tau: float) -> str:
         """Who acts at `tau`: `subject`, `style`, `both` or `none`."""
@@ -91,7 +98,8 @@ class FusionPlan:
         layers = _union(subject.updates, style.updates)
         pairs = [_Pair.of(subject.updates.get(layer), style.updates.get(layer)) for layer in layers]
         gated = [config.layers == "all" or layer.is_attention for layer in layers]
-        balance = _balance([pair for pair, is_gated in zip(pairs, gated) if is_gated and pair.both], config)
+        both = [pair.both for pair, is_gated in zip(pairs, gated) if is_gated and pair.both]
+        balance = _balance(both, config)
         plans = []
         for layer, pair, is_gated in zip(layers, pairs, gated):
             rho = _rho(pair, balance, config)
@@ -116,7 +124,13 @@ class FusionPlan:
     @property
     def remarks(self) -> list[str]:
         """What a user should know of the files: one sentence each."""
-        return [*self.subject.remarks, *self.style.remarks]
+        said = [*self.subject.remarks, *self.style.remarks]
+        if waiting := sum(layer.needs_model for layer in self.layers):
+            said.append(
+                f"{waiting} of {len(self.layers)} layers depend on the model's own weights: give the model (--model) to"
+                " see what they do; the balance is that of the others."
+            )
+        return said
 
 
 class _Pair(NamedTuple):
@@ -124,7 +138,7 @@ class _Pair(NamedTuple):
 
     subject: Update | None
     style: Update | None
-    energies: tuple[float, float]
+    energies: tuple[float | None, float | None]
 
     @classmethod
     def of(cls, subject: Update | None, style: Update | None) -> _Pair:
@@ -132,8 +146,13 @@ class _Pair(NamedTuple):
 
     @property
     def both(self) -> tuple[Update, Update] | None:
-        """The two updates, where both change the layer."""
-        return (self.subject, self.style) if self.subject and self.style and min(self.energies) > 0 else None
+        """The two updates, where both are known to change the layer."""
+        return (self.subject, self.style) if self.subject and self.style and all(self.energies) else None
+
+    @property
+    def acting(self) -> list[str]:
+        """Who changes the layer, or may."""
+        return [name for name, energy in zip((SUBJECT, STYLE), self.energies) if energy is None or energy > 0]
 
 
 def _union(one: Mapping[LayerId, Update], other: Mapping[LayerId, Update]) -> list[LayerId]:
@@ -148,38 +167,43 @@ def _text_layer(
     return LayerPlan(layer, pair.subject, pair.style, False, *pair.energies, None, segments)
 
 
-def _energy(update: Update | None) -> float:
-    energy = update.energy if update else 0.0
-    return energy if energy > _LEAST_ENERGY else 0.0
+def _energy(update: Update | None) -> float | None:
+    if update is None:
+        return 0.0
+    if update.needs_model:
+        return None
+    return update.energy if update.energy > _LEAST_ENERGY else 0.0
 
 
-def _balance(gated: list[_Pair], config: FusionConfig) -> float | None:
+def _balance(gated: list[tuple[Update, Update]], config: FusionConfig) -> float | None:
     if not gated:
         return None
     if config.balance == "energy" and config.method != "k-lora":
-        return energy_balance([pair.energies for pair in gated])
-    return l1_balance([(l1_norm(pair.both[0]), l1_norm(pair.both[1])) for pair in gated if pair.both])
+        return energy_balance([(one.energy, other.energy) for one, other in gated])
+    return l1_balance([(l1_norm(one), l1_norm(other)) for one, other in gated])
 
 
 def _rho(pair: _Pair, balance: float | None, config: FusionConfig) -> float | None:
     if pair.both is None or balance is None:
         return None
-    subject, style = pair.energies
+    subject, style = pair.both
     if config.method == "k-lora":
-        count = pair.both[0].rank * pair.both[1].rank
-        subject, style = (top_score(update, count) for update in pair.both)
-    return subject / (balance * style)
+        count = subject.rank * style.rank
+        return top_score(subject, count) / (balance * top_score(style, count))
+    return subject.energy / (balance * style.energy)
 
 
 def _segments(pair: _Pair, gated: bool, rho: float | None, schedule: Schedule, config: FusionConfig) -> Segments:
-    has = {SUBJECT: pair.energies[0] > 0, STYLE: pair.energies[1] > 0}
-    if config.method in has:
-        return always(config.method if has[config.method] else NONE)
+    acting = pair.acting
+    if config.method in (SUBJECT, STYLE):
+        return always(config.method if config.method in acting else NONE)
     if not gated and config.method != "sum" and config.other == "off":
         return always(NONE)
-    if not all(has.values()):
-        return always(next((name for name, there in has.items() if there), NONE))
-    return always(BOTH) if rho is None or not gated or config.method == "sum" else schedule.segments(rho)
+    if len(acting) < 2:
+        return always(acting[0] if acting else NONE)
+    if not gated or config.method == "sum":
+        return always(BOTH)
+    return always(NEEDS_MODEL) if rho is None else schedule.segments(rho)
 
 
 def _beta(config: FusionConfig, discrepancy: float | None) -> float:
@@ -198,12 +222,12 @@ def _check_has_updates(role: str, file: LoraFile) -> None:
         elif file.base_model:
             holds = f"a LoRA for {file.base_model}, which has no UNet"
         elif file.unsupported:
-            holds = f"only layers of kinds that can't be applied yet ({', '.join(file.kinds)})"
+            holds = f"only layers of kinds that can't be applied ({', '.join(file.kinds)})"
         else:
             holds = "no tensor that is known from a LoRA"
         raise EstLoraError(f"{name} can't be the {role}: it holds {holds}, and a fusion happens in a UNet.")
-    for layer, update in file.updates.items():
-        if update.energy > _MOST_ENERGY:
+    for layer, update in (*file.updates.items(), *file.text_encoder.items()):
+        if not update.needs_model and update.energy > _MOST_ENERGY:
             raise EstLoraError(f"{name} is damaged: its update of {layer.name} is too large to be a LoRA's.")
 
 
@@ -217,13 +241,9 @@ def _check_same_model(subject: LoraFile, style: LoraFile) -> None:
     if not common:
         raise EstLoraError(f"{names} have no layer of the UNet in common, so there is nothing to choose between.")
     for layer in common:
-        shapes = subject.updates[layer].shape, style.updates[layer].shape
-        if not subject.updates[layer].fits(shapes[1]):
+        one, other = subject.updates[layer].shape, style.updates[layer].shape
+        if one and other and not subject.updates[layer].fits(other):
             raise EstLoraError(
-                f"{names} are for different models: {layer.name} is {_by(shapes[0])} in one and {_by(shapes[1])} in the"
-                " other; choose two for the same."
+                f"{names} are for different models: {layer.name} is {shape_text(one)} in one and {shape_text(other)} in"
+                " the other; choose two for the same."
             )
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))

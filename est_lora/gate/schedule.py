@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 SUBJECT, STYLE, BOTH, NONE = "subject", "style", "both", "none"
+NEEDS_MODEL = "needs the model"  # undecided: an energy depends on weights that aren't known
 
 
 class Segment(NamedTuple):
-    """From `start` on, up to the next segment's start, `acts` acts: `subject`, `style`, `both` or `none`."""
+    """From `start` on, up to the next segment's start, `acts` acts: `subject`, `style`, `both`, `none`, or nobody knows."""
 
     start: float
     acts: str

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from est_lora import clock
 from est_lora.config import FusionConfig
 from est_lora.errors import EstLoraError
-from est_lora.fusion import FusionSession
+from est_lora.fusion import FusionSession, find, modules_of, original_weight
 from est_lora.gate import FusionPlan
-from est_lora.lora import LoraFile, UNetLayout
-from est_lora.lora.names import TEXT_ENCODERS
+from est_lora.lora import LoraFile, Shape, UNetLayout, Weight
+from est_lora.lora.names import TEXT_ENCODERS, UNET
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,8 @@ def fuse(
     unet = getattr(pipe, "unet", None)
     if not isinstance(unet, nn.Module):
         raise EstLoraError(f"A {type(pipe).__name__} has no UNet: fuse takes Stable Diffusion 1, 2 and XL pipelines.")
-    session = FusionSession(unet, load_plan(config, unet))
+    _check_scheduler(pipe.scheduler)
+    session = FusionSession(unet, load_plan(config, pipe))
 
     @torch.compiler.disable  # a UNet compiled in place would compile this with it
     def tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -80,29 +81,59 @@ def _text_sessions(pipe: Any, plan: FusionPlan) -> Iterator[FusionSession]:
             log.warning("%d layers of the files are for a %s, which this pipeline doesn't have.", count, part)
 
 
-def load_plan(config: FusionConfig, unet: nn.Module | None = None) -> FusionPlan:
+def load_plan(config: FusionConfig, pipe: Any = None) -> FusionPlan:
     """Reads the two files that `config` names by path, and decides every layer.
 
     Args:
         config: the request.
-        unet: the model they are for, which files in the original spelling are read by; SD1.5's and SDXL's without.
+        pipe: the pipeline they are for: files in the original spelling are read by its UNet's layout (SD1.5's and
+            SDXL's without), and kinds that depend on the model's weights can't be decided without it.
 
     Raises:
         EstLoraError: a file is missing or unusable, or the two don't go together.
     """
-    layout = UNetLayout.of(name for name, _ in unet.named_modules()) if unet is not None else None
-    subject, style = (LoraFile.load(path, layout) for path in config.pair())
+    parts = {part: modules_of(model) for part in (UNET, *TEXT_ENCODERS) if (model := getattr(pipe, part, None))}
+    layout = UNetLayout.of(parts[UNET]) if UNET in parts else None
+    subject, style = (_on(parts, LoraFile.load(path, layout)) for path in config.pair())
     return FusionPlan.of(subject, style, config)
 
 
+def _on(parts: dict[str, dict[str, nn.Module]], file: LoraFile) -> LoraFile:
+    """`file`, its updates given the weights of the parts of the pipeline."""
+
+    def weight_of(name: str) -> tuple[Weight, Shape] | None:
+        module = find(modules, name)
+        return None if module is None else original_weight(module)
+
+    for part, modules in parts.items():
+        file = file.on(part, weight_of)
+    return file
+
+
 def _progress(scheduler: Any, timestep: Tensor | float, ticks: str) -> float:
-    if "sigma_data" in scheduler.config:
-        name = type(scheduler).__name__
-        raise EstLoraError(f"The progress of a picture can't be read off {name}: use a DDIM, Euler or DPM++ scheduler.")
+    _check_scheduler(scheduler)  # it may have been exchanged since
     t = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
-    if ticks == "step":
+    if ticks == "step" and scheduler.timesteps is not None:
         return clock.from_step(t, scheduler.timesteps.tolist())
-    # The flow-matching schedulers have no such entry.
-    if scheduler.config.get("prediction_type", "flow_prediction") == "flow_prediction":
+    if _is_flow(scheduler):
         return clock.from_flow_sigma(t / scheduler.config.num_train_timesteps)
     return clock.from_timestep(t, scheduler.config.num_train_timesteps)
+
+
+def _is_flow(scheduler: Any) -> bool:
+    # The flow-matching schedulers have a shift and no prediction type.
+    config = scheduler.config
+    return config.get("prediction_type", "flow_prediction" if "shift" in config else None) == "flow_prediction"
+
+
+def _check_scheduler(scheduler: Any) -> None:
+    """Refuses schedulers that call the model with something else than a timestep.
+
+    Raises:
+        EstLoraError: it is an EDM scheduler, one with continuous timesteps, or of an unknown type.
+    """
+    config = scheduler.config
+    discrete = "prediction_type" in config and config.get("timestep_type") != "continuous"
+    if "sigma_data" in config or not (discrete or _is_flow(scheduler)):
+        name = type(scheduler).__name__
+        raise EstLoraError(f"The progress of a picture can't be read off {name}: use a DDIM, Euler or DPM++ scheduler.")

@@ -1,7 +1,22 @@
 """LoRA files become layer updates: names of every convention, one `LayerId` each."""
 
 from est_lora.lora.file import LoraFile
+from est_lora.lora.model import ModelFile
 from est_lora.lora.names import LayerId, UNetLayout
-from est_lora.lora.update import LowRankUpdate, Update
+from est_lora.lora.relative import RelativeUpdate, Weight
+from est_lora.lora.update import Factors, LowRankUpdate, Shape, Update, shape_text, weight_shape
 
-__all__ = ["LayerId", "LoraFile", "LowRankUpdate", "UNetLayout", "Update"]
+__all__ = [
+    "Factors",
+    "LayerId",
+    "LoraFile",
+    "LowRankUpdate",
+    "ModelFile",
+    "RelativeUpdate",
+    "Shape",
+    "UNetLayout",
+    "Update",
+    "Weight",
+    "shape_text",
+    "weight_shape",
+]

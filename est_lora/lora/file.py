@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from est_lora.errors import EstLoraError, nearest, quote
-from est_lora.lora.kinds import KINDS, build
+from est_lora.errors import EstLoraError, quote
+from est_lora.lora.kinds import KINDS, Scale, build
 from est_lora.lora.names import UNET, LayerId, UNetLayout, read_name
+from est_lora.lora.reading import opened
+from est_lora.lora.relative import RelativeUpdate, Weight
 from est_lora.lora.scaling import PeftScaling
-from est_lora.lora.update import Update, is_finite
+from est_lora.lora.update import Shape, Update, is_finite
 
 LORA = "lora"
 
@@ -40,30 +42,40 @@ _FACTORS = {
     "_lora.up.weight": ("up", "diffusers-processor"),
 }
 _ALPHA = ".alpha"
-_BIAS = ".diff_b"
-# How a key ends -> the kind of layer that has such a tensor. Kinds that can't be built are recognised and counted.
-_OTHER_KINDS = {
-    ".lora_mid.weight": "tucker",
-    ".dora_scale": "dora",
-    ".lora_magnitude_vector": "dora",
-    ".lora_magnitude_vector.weight": "dora",
-    ".lora_magnitude_vector.default.weight": "dora",
-    ".lora_A.bias": "lora-bias",
-    ".lora_B.bias": "lora-bias",
-    **{f".hada_{name}": "loha" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
-    **{f".lokr_{name}": "lokr" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t1", "t2")},
-    ".diff": "full",
-    _BIAS: "full",
-    ".oft_blocks": "oft",
-    ".oft_diag": "oft",
-    ".on_input": "ia3",
-    **{f".{name}.weight": "glora" for name in ("a1", "a2", "b1", "b2", "bm")},
-    ".w_norm": "norm",
-    ".b_norm": "norm",
+# How a key ends -> the kind of layer that has such a tensor, and what it is there.
+_OF_KINDS = {
+    ".lora_mid.weight": ("tucker", "lora_mid"),
+    **{f".hada_{name}": ("loha", f"hada_{name}") for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f".lokr_{name}": ("lokr", f"lokr_{name}") for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t1", "t2")},
+    ".diff": ("full", "diff"),
+    ".oft_blocks": ("oft", "oft_blocks"),
+    ".on_input": ("ia3", "on_input"),
+    **{f".{name}.weight": ("glora", name) for name in ("a1", "a2", "b1", "b2")},
+    # Recognised and counted; what they mean differs between programs, or can't be added to a layer's output.
+    ".w_norm": ("norm", "w_norm"),
+    ".b_norm": ("norm", "b_norm"),
+    ".oft_diag": ("old-oft", "oft_diag"),
+    ".oft_R.weight": ("peft-oft", "oft_R"),
+    ".oft_R.default.weight": ("peft-oft", "oft_R"),
+    ".ia3_l": ("peft-ia3", "ia3_l"),
 }
-# Parts of other kinds that say nothing alone: (IA)^3's vector, BOFT's rescaling.
-_SUPPLEMENTS = (".rescale", ".weight")
-_SUFFIXES = (*_FACTORS, _ALPHA, *_OTHER_KINDS, *_SUPPLEMENTS)
+# What may come with the tensors of any kind.
+_ADDED = {
+    ".dora_scale": "dora_scale",
+    ".lora_magnitude_vector": "lora_magnitude_vector",
+    ".lora_magnitude_vector.weight": "lora_magnitude_vector",
+    ".lora_magnitude_vector.default.weight": "lora_magnitude_vector",
+    ".lora_B.bias": "lora_B.bias",
+    ".diff_b": "diff_b",
+    ".rescale": "rescale",
+    ".weight": "weight",
+}
+_SUFFIXES = (*_FACTORS, _ALPHA, *_OF_KINDS, *_ADDED)
+_ROLES = {
+    **{suffix: role for suffix, (role, _) in _FACTORS.items()},
+    **{suffix: role for suffix, (_, role) in _OF_KINDS.items()},
+    **_ADDED,
+}
 _FAMILIES = {768: "SD1.5", 1024: "SD2", 2048: "SDXL"}
 _WITHOUT_UNET = (
     ("Flux", re.compile(r"(double|single)_blocks[._]\d|single_transformer_blocks[._]\d")),
@@ -82,6 +94,8 @@ class LoraFile:
         updates: what it does to the UNet, in the order of the network.
         text_encoder: what it does to the text encoders.
         unsupported: layers whose kind is recognised and can't be applied, with that kind.
+        repeated: layers that it has more than once; the first is used.
+        unreadable: layers whose kind needs the model's own weight, which can't be had, with that kind.
         unknown_keys: tensors that weren't understood.
     """
 
@@ -91,6 +105,8 @@ class LoraFile:
     text_encoder: Mapping[LayerId, Update]
     unsupported: Mapping[LayerId, str]
     unknown_keys: tuple[str, ...]
+    repeated: tuple[LayerId, ...] = ()
+    unreadable: Mapping[LayerId, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def load(cls, path: str | Path, layout: UNetLayout | None = None) -> LoraFile:
@@ -104,14 +120,33 @@ class LoraFile:
             EstLoraError: there is no such file, it isn't safetensors, it is damaged, or it holds NaN or infinity.
         """
         path = Path(path)
-        try:
-            _check_is_file(path)
-            with safe_open(path, "pt") as file:
-                return _Reader(path, file, layout or UNetLayout()).read()
-        except SafetensorError as error:
-            raise EstLoraError(_why_unreadable(path, error)) from error
-        except OSError as error:
-            raise EstLoraError(f"{quote(path)} can't be read: {error.strerror or error}.") from error
+        with opened(path, "LoRA") as file:
+            return _Reader(path, file, layout or UNetLayout()).read()
+
+    def on(self, part: str, weight_of: Callable[[str], tuple[Weight, Shape] | None]) -> LoraFile:
+        """The same file on a model: updates that depend on the weights they change are given these.
+
+        Args:
+            part: the part of the model, `unet`, `text_encoder` or `text_encoder_2`.
+            weight_of: the weight of a layer of that part, by its name, with its shape; None where there is none.
+        """
+        found: dict[LayerId, Update] = {}
+        unreadable = dict(self.unreadable)
+        for layer, update in (*self.updates.items(), *self.text_encoder.items()):
+            found[layer] = update
+            if layer.part == part and isinstance(update, RelativeUpdate):
+                weight = weight_of(layer.name)
+                if weight is None:
+                    unreadable[layer] = update.kind
+                    del found[layer]
+                elif update.fits(weight[1]):  # if not, it is found where it is to be attached
+                    found[layer] = update.on(*weight)
+        return dataclasses.replace(
+            self,
+            updates={layer: update for layer, update in found.items() if layer.part == UNET},
+            text_encoder={layer: update for layer, update in found.items() if layer.part != UNET},
+            unreadable=unreadable,
+        )
 
     @cached_property
     def sha256(self) -> str:
@@ -125,24 +160,25 @@ class LoraFile:
     @property
     def kinds(self) -> dict[str, int]:
         """How many layers there are of each kind, the applicable and the others."""
-        count = Counter(self.unsupported.values())
+        count = Counter([*self.unsupported.values(), *self.unreadable.values()])
         count.update(update.kind for part in (self.updates, self.text_encoder) for update in part.values())
         return dict(count.most_common())
 
     @property
     def ranks(self) -> list[int]:
         """The ranks that occur, ascending."""
-        return sorted({update.rank for part in (self.updates, self.text_encoder) for update in part.values()})
+        updates = (*self.updates.values(), *self.text_encoder.values())
+        return sorted({update.rank for update in updates if update.shape})
 
     @property
     def unet_layers(self) -> int:
         """Layers of the UNet, of every recognised kind."""
-        return len(self.updates) + sum(layer.part == UNET for layer in self.unsupported)
+        return len(self.updates) + sum(layer.part == UNET for layer in (*self.unsupported, *self.unreadable))
 
     @property
     def text_encoder_layers(self) -> int:
         """Layers of the text encoders, of every recognised kind."""
-        return len(self.text_encoder) + sum(layer.part != UNET for layer in self.unsupported)
+        return len(self.text_encoder) + sum(layer.part != UNET for layer in (*self.unsupported, *self.unreadable))
 
     @property
     def base_model(self) -> str | None:
@@ -152,7 +188,7 @@ class LoraFile:
         """
         for layer, update in self.updates.items():
             if layer.name.endswith((".attn2.to_k", ".attn2.to_v")):
-                return _FAMILIES.get(update.shape[1])
+                return _FAMILIES.get(update.shape[1]) if update.shape else None
         named = (family for family, found in _WITHOUT_UNET for key in self.unknown_keys if found.search(key))
         return None if self.updates else next(named, None)
 
@@ -162,12 +198,26 @@ class LoraFile:
         name, said = quote(self.path.name), []
         if self.unsupported:
             kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(self.unsupported.values()).most_common())
-            said.append(f"{name} has layers of kinds that can't be applied yet ({kinds}); they are left out.")
+            said.append(f"{name} has layers of kinds that can't be applied ({kinds}); they are left out.")
+        if self.unreadable:
+            said.append(
+                f"{name} has layers that need the model's own weights, which this model doesn't have or doesn't show:"
+                f" {_some([layer.name for layer in self.unreadable])}; they are left out."
+            )
+        if self.repeated:
+            said.append(
+                f"{name} has layers more than once, as if written in two conventions:"
+                f" {_some([layer.name for layer in self.repeated])}; the first of each is used."
+            )
         if self.unknown_keys:
-            more = f" and {len(self.unknown_keys) - 3} more" if len(self.unknown_keys) > 3 else ""
-            named = ", ".join(quote(key) for key in self.unknown_keys[:3])
-            said.append(f"{name} has tensors that weren't understood and are left out: {named}{more}.")
+            keys = _some([quote(key) for key in self.unknown_keys])
+            said.append(f"{name} has tensors that weren't understood and are left out: {keys}.")
         return said
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 class _Reader:
@@ -181,6 +231,7 @@ class _Reader:
         self._conventions: dict[str, set[str]] = {}
         self._updates: dict[LayerId, Update] = {}
         self._unsupported: dict[LayerId, str] = {}
+        self._repeated: list[LayerId] = []
         self._unknown: list[str] = []
 
     def read(self) -> LoraFile:
@@ -203,46 +254,62 @@ class _Reader:
             text_encoder={layer: self._updates[layer] for layer in ordered if layer.part != UNET},
             unsupported=self._unsupported,
             unknown_keys=tuple(sorted(self._unknown)),
+            repeated=tuple(self._repeated),
         )
 
     def _read_layer(self, stem: str, by_suffix: Mapping[str, str]) -> bool:
         """Takes in one layer, `{suffix: key}`; false if it wasn't understood."""
         name = read_name(stem.replace(".processor.", "."), self._layout)
-        if name is None or name.layer in self._updates or name.layer in self._unsupported:
+        if name is None:
             return False
-        conventions = {_FACTORS[suffix][1] for suffix in by_suffix if suffix in _FACTORS}
-        kinds = {_OTHER_KINDS[suffix] for suffix in by_suffix if suffix in _OTHER_KINDS} or {LORA}
-        if len(conventions) > 1 or not (conventions or kinds - {LORA}):
+        if name.layer in self._updates or name.layer in self._unsupported:
+            self._repeated.append(name.layer)
+            return True
+        by_suffix = self._of_one_convention(name.layer, by_suffix)
+        kind, convention = self._kind(by_suffix)
+        if not kind:
             return False
-        if len(kinds) == 1 and kinds <= KINDS.keys():
-            update = self._build(kinds.pop(), name.layer, by_suffix)
+        if kind in KINDS:
+            update = self._build(kind, name.layer, by_suffix)
             if update is None:
                 return False
             self._updates[name.layer] = update
         else:
-            self._unsupported[name.layer] = min(kinds - {LORA})
-        convention = conventions.pop() if conventions else "kohya" if name.underscored else "diffusers"
+            self._unsupported[name.layer] = kind
+        convention = convention or name.convention
         self._conventions.setdefault(name.layer.part, set()).add(convention + "-original" * name.original)
         return True
+
+    def _of_one_convention(self, layer: LayerId, by_suffix: Mapping[str, str]) -> Mapping[str, str]:
+        """`by_suffix` without the factors that are there again under another convention's names."""
+        first = next((_FACTORS[suffix][1] for suffix in by_suffix if suffix in _FACTORS), "")
+        kept = {suffix: key for suffix, key in by_suffix.items() if _FACTORS.get(suffix, ("", first))[1] == first}
+        if len(kept) < len(by_suffix):
+            self._repeated.append(layer)
+        return kept
+
+    def _kind(self, by_suffix: Mapping[str, str]) -> tuple[str, str]:
+        """The kind that a layer's tensors are of, and the convention they show; empty where they show none."""
+        convention = next((_FACTORS[suffix][1] for suffix in by_suffix if suffix in _FACTORS), "")
+        kinds = {_OF_KINDS[suffix][0] for suffix in by_suffix if suffix in _OF_KINDS}
+        if len(kinds) > 1 or (convention and kinds - {"tucker"}):
+            return "", ""
+        kind = kinds.pop() if kinds else LORA if convention else "bias" if ".diff_b" in by_suffix else ""
+        if kind == "full" and len(self._file.get_slice(by_suffix[".diff"]).get_shape()) == 1:
+            kind = "norm"
+        return kind, convention
 
     def _build(self, kind: str, layer: LayerId, by_suffix: Mapping[str, str]) -> Update | None:
         parts = {}
         for suffix, key in by_suffix.items():
-            if suffix == _BIAS:  # named among what wasn't understood, while the weight's difference is applied
-                self._unknown.append(key)
-            elif suffix != _ALPHA:
-                tensor = self._tensor(key)
-                if tensor is None:
+            if suffix != _ALPHA:
+                role = _ROLES.get(suffix)
+                if role is None or role in parts or (tensor := self._tensor(key)) is None:
                     return None
-                role = _FACTORS[suffix][0] if suffix in _FACTORS else suffix.strip(".").removesuffix(".weight")
                 parts[role] = tensor
-
-        def scale(rank: int) -> float:
-            alpha = by_suffix.get(_ALPHA)
-            return self._scaling(layer, rank) if alpha is None else self._alpha(alpha) / max(rank, 1)
-
+        alpha = self._alpha(by_suffix[_ALPHA]) if _ALPHA in by_suffix else None
         try:
-            return build(kind, parts, scale)
+            return build(kind, parts, Scale(alpha, partial(self._scaling, layer)))
         except ValueError as error:
             if isinstance(error, EstLoraError):
                 raise
@@ -255,35 +322,12 @@ class _Reader:
         return alpha
 
     def _tensor(self, key: str) -> Tensor | None:
-        """A tensor in a float type that torch computes with, or None where it isn't of a float type."""
+        """A tensor in a float type that torch computes with, or None where it is neither floats nor one number."""
         tensor: Tensor = self._file.get_tensor(key)
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() and tensor.numel() != 1:
             return None
         if tensor.dtype not in _READABLE:
             tensor = tensor.float()
         if not is_finite(tensor):
             raise EstLoraError(f"{quote(self._path)} is damaged: {quote(key)} holds NaN or infinite values.")
         return tensor
-
-
-def _check_is_file(path: Path) -> None:
-    if path.is_file():
-        return
-    folder = path if path.is_dir() else path.parent
-    there = sorted(entry.name for entry in folder.glob("*.safetensors")) if folder.is_dir() else []
-    if path.is_dir():
-        inside = f"there are {', '.join(map(quote, there[:5]))}" if there else "there is no .safetensors file"
-        raise EstLoraError(f"{quote(path)} is a folder, not a LoRA file: in it {inside}.")
-    near = nearest(path.name, there) or there[:3]
-    instead = f"did you mean {' or '.join(map(quote, near))}" if near else "and no .safetensors file beside it"
-    raise EstLoraError(f"There is no file {quote(path)}: {instead}{'?' if near else '.'}")
-
-
-def _why_unreadable(path: Path, error: SafetensorError) -> str:
-    with path.open("rb") as stream:
-        start = stream.read(2)
-    if start == b"PK" or start[:1] == b"\x80":
-        return f"{quote(path)} is a pickle, which can run code when it is loaded: only .safetensors files are read."
-    if not start:
-        return f"{quote(path)} is an empty file: download it again."
-    return f"{quote(path)} isn't a whole safetensors file ({str(error).rstrip('.')}): download it again."

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from est_lora.lora.relative import DoraUpdate, PromptedUpdate, RotationUpdate, ScalingUpdate
 from est_lora.lora.update import HadamardUpdate, KroneckerUpdate, LowRankUpdate, Product, ProductUpdate, Update
 
 Parts = Mapping[str, Tensor]
-Scale = Callable[[int], float]
-"""A layer's scale, given its rank."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How a layer's update is scaled.
+
+    Attributes:
+        alpha: as its tensors say it; None where they don't.
+        otherwise: the scale for a rank where no tensor says it.
+    """
+
+    alpha: float | None
+    otherwise: Callable[[int | None], float]
+
+    def __call__(self, rank: int | None) -> float:
+        """What the product of factors of that rank is multiplied with; None of matrices that are kept whole."""
+        if self.alpha is None:
+            return self.otherwise(rank)
+        return 1.0 if rank is None else self.alpha / max(rank, 1)
 
 
 def build(kind: str, parts: Parts, scale: Scale) -> Update | None:
@@ -19,8 +39,9 @@ def build(kind: str, parts: Parts, scale: Scale) -> Update | None:
 
     Args:
         kind: one of `KINDS`.
-        parts: its tensors by role: `down`, `up`, `lora_mid`, `hada_w1_a`, `lokr_w2`, `diff`, ...
-        scale: its scale, given the rank.
+        parts: its tensors by role: `down`, `up`, `lora_mid`, `hada_w1_a`, `lokr_w2`, `diff`, ...; with any kind also
+            `dora_scale` (or PEFT's `lora_magnitude_vector`), `diff_b`, `lora_B.bias`.
+        scale: its scale.
 
     Returns:
         None where tensors are missing, too many, or not of the shapes that the kind has.
@@ -28,7 +49,38 @@ def build(kind: str, parts: Parts, scale: Scale) -> Update | None:
     Raises:
         ValueError: the tensors contradict one another; the text says how.
     """
-    return KINDS[kind](parts, scale)
+    update = KINDS[kind]({role: part for role, part in parts.items() if role not in _ADDED}, scale)
+    if update is None:
+        return None
+    bias = parts.get("diff_b")
+    if "lora_B.bias" in parts and isinstance(update, LowRankUpdate):
+        bias = parts["lora_B.bias"].float() * update.scale
+    if "dora_scale" in parts:
+        update = _decomposed(update, parts["dora_scale"])
+    elif "lora_magnitude_vector" in parts:
+        update = _decomposed(update, parts["lora_magnitude_vector"].flatten())
+    return update if bias is None else _with_bias(update, bias)
+
+
+# What may come with the tensors of any kind.
+_ADDED = {"diff_b", "lora_B.bias", "dora_scale", "lora_magnitude_vector"}
+
+
+def _with_bias(update: Update, bias: Tensor) -> Update:
+    if update.shape and bias.numel() != update.shape[0]:
+        raise ValueError(f"the bias has {bias.numel()} entries for {update.shape[0]} outputs")
+    return dataclasses.replace(update, bias=bias.flatten())
+
+
+def _decomposed(direction: Update, magnitude: Tensor) -> Update:
+    """DoRA; a magnitude of shape (1, in, ...) is that of the inputs, any other that of the outputs."""
+    out, inputs = direction.shape[:2]
+    on_input = magnitude.dim() > 1 and not magnitude.shape[0] == out != 1
+    count = magnitude.numel()
+    # Of a convolution some kinds don't tell the inputs from the kernel.
+    if not count or (inputs % count if on_input else count != out):
+        raise ValueError(f"its {count} magnitudes are for another shape than {out} x {inputs}")
+    return DoraUpdate(direction, magnitude.flatten(), on_input)
 
 
 def _lora(parts: Parts, scale: Scale) -> Update | None:
@@ -42,7 +94,10 @@ def _lora(parts: Parts, scale: Scale) -> Update | None:
 
 
 def _tucker(parts: Parts, scale: Scale) -> Update | None:
-    if parts.keys() != {"down", "up", "lora_mid"} or math.prod([*parts["up"].shape[2:], *parts["down"].shape[2:]]) != 1:
+    if parts.keys() != {"down", "up", "lora_mid"}:
+        return None
+    factors = parts["down"], parts["up"]
+    if any(factor.dim() not in (2, 4) or math.prod(factor.shape[2:]) != 1 for factor in factors):
         return None
     product = _product(parts["up"].flatten(1).T, parts["down"].flatten(1), parts["lora_mid"])
     return None if product is None else ProductUpdate(product, scale(product.rank))
@@ -69,7 +124,7 @@ def _lokr(parts: Parts, scale: Scale) -> Update | None:
     if small is None or large is None or used or len(small.shape) != 2:
         return None
     factored = next((half for half in (small, large) if half.right is not None), None)
-    return KroneckerUpdate(small, large, scale(factored.rank) if factored else 1.0)
+    return KroneckerUpdate(small, large, scale(factored.rank if factored else None))
 
 
 def _half(parts: Parts, n: str) -> Product | None:
@@ -97,6 +152,46 @@ def _product(left: Tensor, right: Tensor | None = None, core: Tensor | None = No
     return Product(left, right, core)
 
 
+def _ia3(parts: Parts, _scale: Scale) -> Update | None:
+    if parts.keys() != {"weight", "on_input"} or parts["on_input"].numel() != 1 or not parts["weight"].numel():
+        return None
+    return ScalingUpdate(parts["weight"].flatten(), bool(parts["on_input"].reshape(())))
+
+
+def _oft(parts: Parts, scale: Scale) -> Update | None:
+    if parts.keys() - {"rescale"} != {"oft_blocks"}:
+        return None
+    blocks, rescale = parts["oft_blocks"], parts.get("rescale")
+    if blocks.dim() not in (3, 4) or blocks.shape[-1] != blocks.shape[-2] or not blocks.numel():
+        return None
+    *stages, count, size = blocks.shape[:-1]
+    out = count * size
+    if stages and (size % 2 or out % (size << stages[0] - 1)):  # a stage pairs outputs that far apart
+        return None
+    if rescale is not None and rescale.numel() != out:
+        raise ValueError(f"{rescale.numel()} outputs are rescaled and {out} rotated")
+    return RotationUpdate(blocks, rescale, (scale.alpha or 0.0) * out)
+
+
+def _glora(parts: Parts, scale: Scale) -> Update | None:
+    if parts.keys() != {"a1", "a2", "b1", "b2"} or any(part.dim() not in (2, 4) for part in parts.values()):
+        return None
+    prompt = _in_order(parts["a1"], parts["a2"])
+    addition = _in_order(parts["b1"], parts["b2"])
+    if prompt is None or addition is None or prompt[1].shape[0] != addition[1].shape[0]:
+        return None
+    a = Product(prompt[0].flatten(1), prompt[1].flatten(1))
+    b = LowRankUpdate(addition[1], addition[0], 1.0)
+    return PromptedUpdate(a, b, scale(b.rank)) if a.shape == (b.shape[1],) * 2 else None
+
+
+def _in_order(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(out, rank) and (rank, in): which of GLoRA's pairs is which has changed, and the rank is the small one."""
+    ranks = {pair[1].shape[0]: pair for pair in ((other, one), (one, other)) if pair[0].shape[1] == pair[1].shape[0]}
+    left, right = ranks[min(ranks)] if ranks else (one, other)
+    return (left, right) if ranks and math.prod(left.shape[2:]) == 1 else None
+
+
 def _check_ranks(one: int, other: int) -> None:
     if one != other:
         raise ValueError(f"two of its factors have different ranks, {one} and {other}")
@@ -108,4 +203,7 @@ KINDS: Mapping[str, Callable[[Parts, Scale], Update | None]] = {
     "full": _full,
     "loha": _loha,
     "lokr": _lokr,
+    "ia3": _ia3,
+    "oft": _oft,
+    "glora": _glora,
 }

@@ -192,35 +192,37 @@ class Name:
 
     Attributes:
         layer: which layer it is.
-        underscored: written kohya's way.
+        convention: `kohya` where written with underscores, `peft` where wrapped by PEFT, else `diffusers`.
         original: written in the original (ldm/sgm) spelling.
     """
 
     layer: LayerId
-    underscored: bool
+    convention: str
     original: bool
 
 
 def read_name(text: str, layout: UNetLayout) -> Name | None:
     """The layer that a file calls `text` (a key without its `.lora_down.weight` or the like), or None."""
+    convention = "peft" if _WRAPPER in text else "diffusers"
     text = text.removeprefix(_WRAPPER)
     part, separator = UNET, "."
     for prefix, of_part, of_separator in _PREFIXES:
         if text.startswith(prefix):
             text, part, separator = text[len(prefix) :].removeprefix(_WRAPPER), of_part, of_separator
             break
-    underscored = separator == "_"
+    if separator == "_":
+        convention = "kohya"
     if part != UNET:
         path = _walk(text, _TEXT_ENCODER, separator)
         if path and path[0] in _TEXT_MODEL:
             path.insert(0, "text_model")
-        return Name(LayerId(part, ".".join(path)), underscored, False) if path else None
+        return Name(LayerId(part, ".".join(path)), convention, False) if path else None
     if path := _walk(text, _UNET, separator):
         if path[-1] == "to_out":  # before diffusers made it a list of modules
             path.append("0")
-        return Name(LayerId(UNET, ".".join(path)), underscored, False)
+        return Name(LayerId(UNET, ".".join(path)), convention, False)
     if (path := _walk(text, _ORIGINAL, separator)) and (name := _from_original(path, layout)):
-        return Name(LayerId(UNET, name), underscored, True)
+        return Name(LayerId(UNET, name), convention, True)
     return None
 
 

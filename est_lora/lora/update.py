@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,14 +14,43 @@ from torch import Tensor
 Shape = tuple[int, ...]
 
 
+class Factors(NamedTuple):
+    """Two factors with `up @ down * scale = dW`.
+
+    Attributes:
+        up: (out, rank) or (out, rank, 1, 1).
+        down: (rank, in) or (rank, in, kh, kw).
+        scale: what their product is multiplied with.
+    """
+
+    up: Tensor
+    down: Tensor
+    scale: float
+
+    @property
+    def energy(self) -> float:
+        """`||dW||_F^2` by two rank x rank Gram matrices: `sum((up^T up) * (down down^T)) * scale^2`.
+
+        The factors are divided by their largest entries first: squares of fp16 values overflow, tiny ones vanish.
+        """
+        up, up_peak = _normalised(self.up)
+        down, down_peak = _normalised(self.down)
+        gram = float(((up.T @ up) * (down @ down.T)).sum())
+        peak = up_peak * down_peak * self.scale
+        return max(gram, 0.0) * peak * peak  # not `** 2`, which raises where a product becomes infinite
+
+
+@dataclass(frozen=True, eq=False)
 class Update(ABC):
     """The update `dW` of one weight, at strength 1, with its scaling applied.
 
     Attributes:
         kind: what this form is called.
+        bias: what is added to the layer's bias along with it, (out,), or None. The gate doesn't look at it.
     """
 
     kind: ClassVar[str]
+    bias: Tensor | None = field(default=None, kw_only=True)
 
     @property
     @abstractmethod
@@ -37,10 +66,20 @@ class Update(ABC):
     def dense(self) -> Tensor:
         """`dW` in float64, of `shape`."""
 
+    def factors(self) -> Factors | None:
+        """The same as two factors, where it has such a form and that is cheaper to apply than the dense one."""
+        return None
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether it can't be computed before the weight that it changes is known."""
+        return False
+
     @cached_property
     def energy(self) -> float:
         """`||dW||_F^2`."""
-        return float(self.dense().square().sum())
+        factors = self.factors()
+        return float(self.dense().square().sum()) if factors is None else factors.energy
 
     def fits(self, shape: Shape) -> bool:
         """Whether `dW` is an update of a weight of `shape`, be its kernel flattened or not."""
@@ -75,17 +114,9 @@ class LowRankUpdate(Update):
         """Shape of `dW`: (out, in), or (out, in, kh, kw) where the kernel is larger than 1 x 1."""
         return weight_shape(self.up.shape[0], self.down.shape[1], *self.down.shape[2:])
 
-    @cached_property
-    def energy(self) -> float:
-        """`||dW||_F^2` by two rank x rank Gram matrices: `sum((up^T up) * (down down^T)) * scale^2`.
-
-        The factors are divided by their largest entries first: squares of fp16 values overflow, tiny ones vanish.
-        """
-        up, up_peak = _normalised(self.up)
-        down, down_peak = _normalised(self.down)
-        gram = float(((up.T @ up) * (down @ down.T)).sum())
-        peak = up_peak * down_peak * self.scale
-        return max(gram, 0.0) * peak * peak  # not `** 2`, which raises where a product becomes infinite
+    def factors(self) -> Factors:
+        """As the file has them."""
+        return Factors(self.up, self.down, self.scale)
 
     def dense(self) -> Tensor:
         """`dW` in float64, of `shape`."""
@@ -129,6 +160,15 @@ class Product:
             return left @ self.right.double()
         return torch.einsum("ijkl,io,jn->onkl", self.core.double(), left, self.right.double()).reshape(self.shape)
 
+    def halves(self) -> tuple[Tensor, Tensor] | None:
+        """(out, rank) and (rank, in * kh * kw) in float32, whose product it is; None of a matrix kept whole."""
+        if self.right is None:
+            return None
+        left, right = self.left.float(), self.right.float()
+        if self.core is None:
+            return left, right
+        return left.T, torch.einsum("ijkl,jn->inkl", self.core.float(), right).flatten(1)
+
 
 @dataclass(frozen=True, eq=False)
 class ProductUpdate(Update):
@@ -151,6 +191,11 @@ class ProductUpdate(Update):
     def shape(self) -> Shape:
         """The product's."""
         return self.product.shape
+
+    def factors(self) -> Factors | None:
+        """Up, and what down and the core make together."""
+        halves = self.product.halves() if _is_thin(self.rank, self.shape) else None
+        return halves and _factors(*halves, self.shape, self.scale)
 
     def dense(self) -> Tensor:
         """`dW` in float64, of `shape`."""
@@ -175,6 +220,15 @@ class HadamardUpdate(Update):
     def shape(self) -> Shape:
         """That of both products."""
         return self.first.shape
+
+    def factors(self) -> Factors | None:
+        """`(a1 @ b1) * (a2 @ b2)` as one product of rank^2: each row of the new `a` is the Kronecker product of rows."""
+        first, second = self.first.halves(), self.second.halves()
+        if not (first and second and _is_thin(self.first.rank * self.second.rank, self.shape)):
+            return None
+        left = torch.einsum("or,os->ors", first[0], second[0]).flatten(1)
+        right = torch.einsum("rn,sn->rsn", first[1], second[1]).flatten(0, 1)
+        return _factors(left, right, self.shape, self.scale)
 
     def dense(self) -> Tensor:
         """`dW` in float64, of `shape`."""
@@ -207,6 +261,20 @@ class KroneckerUpdate(Update):
         small, large = (float(factor.dense().square().sum()) for factor in (self.small, self.large))
         return small * large * self.scale * self.scale
 
+    def factors(self) -> Factors | None:
+        """`kron(a1 @ b1, a2 @ b2) = kron(a1, a2) @ kron(b1, b2)`; a small matrix kept whole is itself times one."""
+        small, large = self.small.halves(), self.large.halves()
+        if small is None:
+            whole = self.small.left.float().reshape(self.small.shape)
+            small = whole, torch.eye(whole.shape[1])
+        if large is None or not _is_thin(len(small[1]) * len(large[1]), self.shape):
+            return None
+        inputs = self.large.shape[1]
+        left = torch.kron(small[0], large[0].contiguous())
+        # The kernel's entries vary fastest, after the inputs: the Kronecker product is over the inputs alone.
+        right = torch.einsum("rb,sdk->rsbdk", small[1], large[1].reshape(len(large[1]), inputs, -1))
+        return _factors(left, right.flatten(0, 1), self.shape, self.scale)
+
     def dense(self) -> Tensor:
         """`dW` in float64, of `shape`."""
         small, large = self.small.dense(), self.large.dense()
@@ -219,9 +287,24 @@ def weight_shape(out: int, inputs: int, *kernel: int) -> Shape:
     return (out, inputs, *(kernel if math.prod(kernel) > 1 else ()))
 
 
+def shape_text(shape: Shape) -> str:
+    """`320 x 768`."""
+    return " x ".join(map(str, shape))
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether every entry is a number."""
     return bool(torch.isfinite(tensor).all())
+
+
+def _is_thin(rank: int, shape: Shape) -> bool:
+    """Whether two factors of that rank cost at most half of what applying a dense update of `shape` does."""
+    out, inputs = shape[0], math.prod(shape[1:])
+    return 2 * rank * (out + inputs) <= out * inputs
+
+
+def _factors(left: Tensor, right: Tensor, shape: Shape, scale: float) -> Factors:
+    return Factors(left, right.reshape(len(right), *shape[1:]), scale)
 
 
 def _normalised(factor: Tensor) -> tuple[Tensor, float]:

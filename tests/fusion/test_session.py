@@ -94,8 +94,10 @@ def _shape(module):
 
 
 @pytest.mark.parametrize("method", ["est", "k-lora", "sum", "subject", "style"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
 def test_branch_equals_weights_merged_by_hand(tmp_path, method, dtype, tolerance):
+    if dtype == torch.float16 and torch.__version__ < "2.3":
+        pytest.skip("this torch has no half precision on the CPU")
     subject, style = pair()
     plan = plan_of(tmp_path, subject, style, method=method, subject_weight=0.8, style_weight=-1.3)
     model = tree(EVERYTHING, dtype)
@@ -309,7 +311,7 @@ def test_a_model_without_any_of_the_layers_is_refused(tmp_path):
 def test_layers_that_the_model_lacks_are_named(tmp_path):
     with FusionSession(tree(ATTENTION_LAYERS), plan_of(tmp_path, *pair())) as session:
         assert set(session.missing) == {FEED_FORWARD, CONV, PROJ_IN}
-        assert any("3 layers" in remark for remark in session.remarks)
+        assert any("left out: 3" in remark for remark in session.remarks)
 
 
 def test_factors_are_no_part_of_the_model(tmp_path):

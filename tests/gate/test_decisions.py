@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from est_lora import report
 from est_lora.config import FusionConfig
@@ -154,6 +155,15 @@ def test_an_update_too_large_for_any_training_is_refused(tmp_path):
     lora[ATTENTION_LAYERS[1]].up *= 1e35
     with pytest.raises(EstLoraError, match=f"update of {ATTENTION_LAYERS[1]} is too large"):
         plan_of(tmp_path, lora, random_lora(2))
+
+
+def test_a_text_encoder_update_too_large_is_refused_too(tmp_path):
+    path = write(tmp_path / "a.safetensors", random_lora(1))
+    stem = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    huge = {f"{stem}.lora_{side}.weight": torch.full((2, 2), 1e38) for side in ("down", "up")}
+    save_file({key: tensor.clone() for key, tensor in load_file(path).items()} | huge, path)
+    with pytest.raises(EstLoraError, match=r"update of text_model.encoder.layers.0.mlp.fc1 is too large"):
+        FusionPlan.of(LoraFile.load(path), LoraFile.load(path), FusionConfig())
 
 
 def test_measured_discrepancy_is_what_auto_uses(tmp_path):

@@ -280,7 +280,8 @@ def test_convolutions_and_feed_forwards_of_a_file_take_part(sd, tmp_path):
     np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
 
-def test_original_names_follow_the_models_own_layout(tmp_path):
+@pytest.mark.parametrize("wrap", [lambda unet: unet, lambda unet: torch.compile(unet, backend="eager")])
+def test_original_names_follow_the_models_own_layout(tmp_path, wrap):
     """With one residual block a level, `input_blocks.3.1` is another layer than in SD1.5."""
     pipe = stable_diffusion()
     from tests.models import SD15, narrow
@@ -298,8 +299,8 @@ def test_original_names_follow_the_models_own_layout(tmp_path):
         from safetensors.torch import save_file
 
         save_file(tensors, files[-1])
+    pipe.unet = wrap(pipe.unet)
     with fuse(pipe, *files) as session:
-        picture(pipe)
         assert len(session.plan.layers) == 8
         assert session.missing == ()
 
@@ -336,12 +337,53 @@ def test_a_pipeline_without_a_unet_is_refused(tmp_path, sd):
         pass
 
 
-def test_a_scheduler_whose_progress_is_unknown_is_named(sd, tmp_path):
-    sd.scheduler = diffusers.EDMEulerScheduler()
-    with pytest.raises(EstLoraError, match="EDMEulerScheduler"), fuse(sd, *pair_for(sd, tmp_path)):
-        picture(sd)
-    scheduled(sd, "DDIM")
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.EDMEulerScheduler(),
+        diffusers.IPNDMScheduler(),
+        diffusers.EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_a_scheduler_whose_progress_is_unknown_is_named(sd, tmp_path, scheduler):
+    known, name = sd.scheduler, type(scheduler).__name__
+    try:
+        sd.scheduler = scheduler
+        with pytest.raises(EstLoraError, match=name), fuse(sd, *pair_for(sd, tmp_path)):
+            pytest.fail("the block was entered")
+        sd.scheduler = known
+        with pytest.raises(EstLoraError, match=name), fuse(sd, *pair_for(sd, tmp_path)):
+            sd.scheduler = scheduler
+            picture(sd)
+    finally:
+        sd.scheduler = known
     assert hooks(sd) == 0
+
+
+def test_projections_that_were_fused_away_are_named(tmp_path):
+    pipe = stable_diffusion()
+    files = pair_for(pipe, tmp_path)
+    with fuse(pipe, *files):
+        wanted = picture(pipe)
+    pipe.fuse_qkv_projections()
+    with pytest.raises(EstLoraError, match=r"attn1 are fused into one.*unfuse_qkv_projections"), fuse(pipe, *files):
+        pytest.fail("the block was entered")
+    assert hooks(pipe) == 0
+    pipe.unfuse_qkv_projections()
+    with fuse(pipe, *files):
+        np.testing.assert_allclose(picture(pipe), wanted, atol=1e-4)
+
+
+def test_a_unet_wrapped_by_peft_is_fused_like_any_other(tmp_path):
+    peft = pytest.importorskip("peft")
+    pipe = stable_diffusion()
+    files = pair_for(pipe, tmp_path)
+    with fuse(pipe, *files) as session:
+        layers = len(session.plan.layers)
+    pipe.unet = peft.get_peft_model(pipe.unet, peft.LoraConfig(r=2, target_modules=["to_q"]))
+    with fuse(pipe, *files) as session:
+        assert (len(session.plan.layers), session.missing) == (layers, ())
 
 
 def test_of_two_nested_fusions_the_inner_one_counts(sd, tmp_path, caplog):

@@ -77,28 +77,6 @@ def test_text_encoder_layers_are_kept_apart(tmp_path, prefix, part):
     assert file.remarks == []
 
 
-OTHER_KINDS = {
-    "dora": ("lora_down.weight", "lora_up.weight", "dora_scale"),
-    "lora-bias": ("lora_A.weight", "lora_B.weight", "lora_B.bias"),
-    "ia3": ("weight", "on_input"),
-    "oft": ("oft_blocks",),
-    "glora": ("a1.weight", "a2.weight", "b1.weight", "b2.weight"),
-    "norm": ("w_norm", "b_norm"),
-}
-
-
-@pytest.mark.parametrize("kind", OTHER_KINDS)
-def test_other_kinds_are_recognised_and_counted(tmp_path, kind):
-    stem = "lora_unet_" + ATTENTION_LAYERS[0].replace(".", "_")
-    path = write(tmp_path / "a.safetensors", random_lora(1, ATTENTION_LAYERS[1:]))
-    save_file(_tensors(path) | {f"{stem}.{name}": torch.ones(2, 2) for name in OTHER_KINDS[kind]}, path)
-    file = LoraFile.load(path)
-    assert file.kinds == {"lora": len(ATTENTION_LAYERS) - 1, kind: 1}
-    assert file.unsupported == {LayerId("unet", ATTENTION_LAYERS[0]): kind}
-    assert file.unknown_keys == ()
-    assert any(f"1 {kind}" in remark for remark in file.remarks)
-
-
 def test_what_is_not_understood_is_named(tmp_path):
     path = write(tmp_path / "a.safetensors", random_lora(1))
     strange = {
@@ -116,14 +94,25 @@ def test_what_is_not_understood_is_named(tmp_path):
     assert "and 1 more" in remark
 
 
-def test_the_second_spelling_of_a_layer_is_named_not_mixed_in(tmp_path):
-    path = write(tmp_path / "a.safetensors", random_lora(1))
-    tensors = _tensors(path)
-    other = _tensors(write(tmp_path / "b.safetensors", random_lora(2, ATTENTION_LAYERS[:1]), "peft"))
-    save_file(tensors | other, path)
-    file = LoraFile.load(path)
+@pytest.mark.parametrize("pair", [("kohya", "peft"), ("diffusers", "peft"), ("lycoris", "kohya")])
+def test_a_layer_that_stands_there_twice_is_used_once_and_named(tmp_path, pair):
+    lora, repeated = random_lora(1), ATTENTION_LAYERS[:5]
+    tensors = _tensors(write(tmp_path / "a.safetensors", lora, pair[0]))
+    other = _tensors(write(tmp_path / "b.safetensors", random_lora(2, repeated, rank=2), pair[1]))
+    save_file(tensors | other, tmp_path / "a.safetensors")
+    file = LoraFile.load(tmp_path / "a.safetensors")
     assert len(file.updates) == len(ATTENTION_LAYERS)
-    assert len(file.unknown_keys) == 2
+    assert {layer.name for layer in file.repeated} == set(repeated)
+    assert len(file.repeated) == len(repeated)
+    assert file.unknown_keys == ()
+    (remark,) = file.remarks
+    assert "more than once" in remark
+    assert "and 2 more" in remark
+    for layer, update in file.updates.items():  # one of the two, whole; never factors of both
+        either = {4: lora, 2: random_lora(2, repeated, rank=2)}[update.rank][layer.name]
+        scale = 1.0 if update.scale == 1.0 else either.alpha / update.rank
+        product = either.up.double() @ either.down.double() * scale
+        torch.testing.assert_close(update.dense(), product, rtol=1e-7, atol=1e-7)
 
 
 def test_scaling_beside_the_weights(tmp_path):

@@ -1,4 +1,4 @@
-"""The kinds of the LyCORIS family against its own implementation."""
+"""Every kind against its family's own implementation."""
 
 from __future__ import annotations
 
@@ -9,87 +9,58 @@ from torch import nn
 
 from est_lora.config import FusionConfig
 from est_lora.errors import EstLoraError
-from est_lora.fusion import FusionSession
+from est_lora.fusion import FusionSession, original_weight
 from est_lora.gate import FusionPlan
 from est_lora.lora import LayerId, LoraFile
 from tests.files import ATTENTION_LAYERS, CONV, random_lora, write
 
-modules = pytest.importorskip("lycoris.modules", reason="no lycoris-lora to hold the kinds against")
-from lycoris.modules.full import FullModule
-from lycoris.modules.locon import LoConModule
-from lycoris.modules.loha import LohaModule
-from lycoris.modules.lokr import LokrModule
+pytest.importorskip("lycoris.modules", reason="no lycoris-lora to hold the kinds against")
+from tests.kinds import LYCORIS, by_lycoris
 
 LINEAR, PROJECTION = ATTENTION_LAYERS[0], "mid_block.attentions.0.proj_in"
+torch.manual_seed(5)
 LAYERS = {
     LINEAR: nn.Linear(24, 32),
     CONV: nn.Conv2d(24, 32, 3, stride=2, padding=1),
     PROJECTION: nn.Conv2d(24, 32, 1),
 }
-CASES = {
-    "lora": (LoConModule, {}),
-    "tucker": (LoConModule, {"use_tucker": True}),
-    "full": (FullModule, {}),
-    "loha": (LohaModule, {}),
-    "loha-tucker": (LohaModule, {"use_tucker": True}),
-    "lokr": (LokrModule, {}),
-    "lokr-both": (LokrModule, {"decompose_both": True, "factor": 8, "lora_dim": 1}),
-    "lokr-tucker": (LokrModule, {"use_tucker": True, "factor": 4}),
-    "lokr-whole": (LokrModule, {"full_matrix": True}),
-}
+NEED_MODEL = ("dora", "ia3", "oft", "boft", "glora")
 
 
-def network(case, name, seed=0):
-    """The family's module for a layer, with random weights; its tensors by the names it saves them under."""
-    kind, options = CASES[case]
-    torch.manual_seed(seed)
-    settings = {"multiplier": 1.0, "lora_dim": 2, "alpha": 0.6, "bypass_mode": False, **options}
-    module = kind("lora", LAYERS[name], **settings)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3)
-    saved = module.custom_state_dict() or module.state_dict()
-    return module, {key: torch.as_tensor(tensor).detach().clone().contiguous() for key, tensor in saved.items()}
-
-
-def expected_update(module, saved, name):
-    if "diff" in saved:
-        return saved["diff"].double()
-    shape = LAYERS[name].weight.shape
-    if isinstance(module, LohaModule | LokrModule):
-        # Their get_diff_weight takes the scale twice (lycoris-lora 4.1.3); this is what they train with.
-        return module.get_weight(shape).detach().double()
-    return module.get_diff_weight(shape=shape)[0].detach().double()
-
-
-def load(path, name, saved):
+def load(path, name, saved, on_model=True):
     stem = "lora_unet_" + name.replace(".", "_")
     save_file({f"{stem}.{key}": tensor for key, tensor in saved.items()}, path)
-    return LoraFile.load(path)
+    file = LoraFile.load(path)
+    return file.on("unet", {name: original_weight(LAYERS[name])}.get) if on_model else file
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LYCORIS)
 def test_an_update_is_the_familys_own(tmp_path, case, name):
-    module, saved = network(case, name)
-    file = load(tmp_path / "a.safetensors", name, saved)
-    assert set(file.unknown_keys) == {key for key in file.unknown_keys if key.endswith(".diff_b")}
+    changed = by_lycoris(case, LAYERS[name])
+    file = load(tmp_path / "a.safetensors", name, changed.saved)
+    assert file.unknown_keys == ()
     update = file.updates[LayerId("unet", name)]
-    kind = case.partition("-")[0]
-    assert update.kind in {kind, "lora"} if kind == "tucker" else update.kind == kind
-    expected = expected_update(module, saved, name)
+    kind = LYCORIS[case][0]
+    if name != CONV:  # only a kernel has a Tucker form
+        kind = {"tucker": "lora", "dora-tucker": "dora"}.get(kind, kind)
+    assert update.kind == kind
+    weight = LAYERS[name].weight.detach().double()
+    expected = changed.weight - weight
+    assert expected.norm() > 0.02 * weight.norm()
     assert update.fits(tuple(expected.shape)) or expected.shape[2:] == (1, 1)
     difference = update.dense().reshape(expected.shape) - expected
-    assert difference.norm() < 1e-5 * expected.norm()
+    # What depends on the weight is told from it in float32 by the family itself: so exact is the whole, not the part.
+    assert difference.norm() < 1e-5 * (weight + expected if kind.startswith(NEED_MODEL) else expected).norm()
     assert update.energy == pytest.approx(float(expected.square().sum()), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LYCORIS)
 def test_the_fused_layer_is_one_with_the_weight_merged_by_hand(tmp_path, case, name):
-    module, saved = network(case, name, seed=1)
-    file = load(tmp_path / "a.safetensors", name, saved)
     layer = LAYERS[name]
+    changed = by_lycoris(case, layer, seed=1)
+    file = load(tmp_path / "a.safetensors", name, changed.saved)
     root = nn.Module()
     parent = root
     *path, leaf = name.split(".")
@@ -102,19 +73,39 @@ def test_the_fused_layer_is_one_with_the_weight_merged_by_hand(tmp_path, case, n
     with FusionSession(root, plan) as session, torch.no_grad():
         session.at(0.5)
         got = layer(x)
-        update = 0.7 * expected_update(module, saved, name).float().reshape(layer.weight.shape)
-        weight = layer.weight + update
     with torch.no_grad():
-        wanted = (
-            layer._conv_forward(x, weight, layer.bias) if x.dim() == 4 else nn.functional.linear(x, weight, layer.bias)
-        )
+        weight = layer.weight + 0.7 * (changed.weight.float() - layer.weight)
+        bias = layer.bias + 0.7 * (changed.bias - layer.bias)
+        wanted = layer._conv_forward(x, weight, bias) if x.dim() == 4 else nn.functional.linear(x, weight, bias)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["loha", "lokr", "full"])
+@pytest.mark.parametrize("case", LYCORIS)
+def test_two_thin_factors_are_the_dense_update(tmp_path, case):
+    layer = nn.Conv2d(96, 128, 3)
+    update = load(tmp_path / "a.safetensors", CONV, by_lycoris(case, layer).saved, on_model=False).updates
+    (update,) = update.values()
+    if LYCORIS[case][0].startswith((*NEED_MODEL, "full")) or case == "lokr-whole":
+        assert update.factors() is None
+        return
+    up, down, scale = update.factors()
+    product = (up.flatten(1).double() @ down.flatten(1).double() * scale).reshape(update.shape)
+    torch.testing.assert_close(product, update.dense(), rtol=1e-5, atol=1e-5 * float(update.dense().abs().max()))
+
+
+def test_factors_that_are_not_thin_are_not_made(tmp_path):
+    saved = by_lycoris("loha", LAYERS[LINEAR]).saved
+    wide = {key: torch.cat([tensor] * 2, int(key.endswith("_a"))) for key, tensor in saved.items() if "hada" in key}
+    (update,) = load(tmp_path / "a.safetensors", LINEAR, saved).updates.values()
+    assert update.factors() is not None  # 4 * (32 + 24) * 2 <= 32 * 24
+    (update,) = load(tmp_path / "a.safetensors", LINEAR, wide).updates.values()
+    assert update.factors() is None
+    assert update.energy == pytest.approx(float(update.dense().square().sum()))
+
+
+@pytest.mark.parametrize("case", ["loha", "lokr", "full", "dora", "oft"])
 def test_kinds_are_gated_against_one_another(tmp_path, case):
-    _, saved = network(case, LINEAR)
-    file = load(tmp_path / "a.safetensors", LINEAR, saved)
+    file = load(tmp_path / "a.safetensors", LINEAR, by_lycoris(case, LAYERS[LINEAR]).saved)
     plain = random_lora(1, (LINEAR,), width=24)
     plain[LINEAR].up = torch.randn(32, 4)
     other = LoraFile.load(write(tmp_path / "b.safetensors", plain))
@@ -134,9 +125,37 @@ def test_the_cases_are_of_the_forms_they_are_named_after():
         ("lokr-both", LINEAR): "lokr_w1_a",
         ("lokr-tucker", CONV): "lokr_t2",
         ("lokr-whole", CONV): "lokr_w2",
+        ("full", CONV): "diff_b",
+        ("oft-constrained", LINEAR): "rescale",
     }
     for (case, name), key in forms.items():
-        assert key in network(case, name)[1], case
+        assert key in by_lycoris(case, LAYERS[name]).saved, case
+    by_output, by_input = (by_lycoris(case, LAYERS[CONV]).saved["dora_scale"] for case in ("dora", "dora-by-input"))
+    assert (by_output.shape, by_input.shape) == ((32, 1, 1, 1), (1, 24, 1, 1))
+    assert by_lycoris("boft", LAYERS[LINEAR]).saved["oft_blocks"].dim() == 4
+    unbounded = by_lycoris("oft", LAYERS[LINEAR]).saved["oft_blocks"]
+    assert (unbounded - unbounded.mT).norm() > 0.03 * 32, "the constraint of this test constrains nothing"
+
+
+@pytest.mark.parametrize("case", LYCORIS)
+def test_what_depends_on_the_model_waits_for_it(tmp_path, case):
+    changed = by_lycoris(case, LAYERS[LINEAR])
+    file = load(tmp_path / "a.safetensors", LINEAR, changed.saved, on_model=False)
+    (update,) = file.updates.values()
+    assert update.needs_model == LYCORIS[case][0].startswith(NEED_MODEL)
+    plain = LoraFile.load(write(tmp_path / "b.safetensors", random_lora(1)))
+    if update.needs_model:
+        with pytest.raises(EstLoraError, match=f"{update.kind} can't be computed without"):
+            update.dense()
+        nowhere = file.on("unet", lambda name: None)
+        assert (nowhere.updates, nowhere.unreadable) == ({}, {LayerId("unet", LINEAR): update.kind})
+        assert "need the model's own weights" in nowhere.remarks[0]
+        assert LINEAR in nowhere.remarks[0]
+        assert nowhere.kinds == file.kinds
+        assert nowhere.unet_layers == 1
+    else:
+        assert file.on("unet", lambda name: None).updates == file.updates
+    assert plain.on("unet", lambda name: None).updates == plain.updates
 
 
 def without(saved, key):
@@ -145,10 +164,18 @@ def without(saved, key):
 
 @pytest.mark.parametrize(
     ("case", "key"),
-    [("loha", "hada_w2_b"), ("loha-tucker", "hada_t1"), ("lokr", "lokr_w1"), ("lokr-tucker", "lokr_w2_b")],
+    [
+        ("loha", "hada_w2_b"),
+        ("loha-tucker", "hada_t1"),
+        ("lokr", "lokr_w1"),
+        ("lokr-tucker", "lokr_w2_b"),
+        ("ia3", "weight"),
+        ("glora", "a2.weight"),
+        ("dora", "lora_up.weight"),
+    ],
 )
 def test_a_missing_tensor_is_named_with_its_fellows(tmp_path, case, key):
-    _, saved = network(case, CONV)
+    saved = by_lycoris(case, LAYERS[CONV]).saved
     file = load(tmp_path / "a.safetensors", CONV, without(saved, key))
     assert file.updates == {}
     assert len(file.unknown_keys) == len(saved) - 1
@@ -158,15 +185,72 @@ def test_a_missing_tensor_is_named_with_its_fellows(tmp_path, case, key):
     ("case", "key"), [("loha", "hada_w1_b"), ("loha-tucker", "hada_t1"), ("lokr-both", "lokr_w1_b")]
 )
 def test_factors_that_contradict_one_another_are_refused(tmp_path, case, key):
-    _, saved = network(case, CONV)
+    saved = by_lycoris(case, LAYERS[CONV]).saved
     saved[key] = torch.cat([saved[key], saved[key]])
     with pytest.raises(EstLoraError, match=f"damaged: of {CONV}, two of its factors have different ranks, "):
         load(tmp_path / "a.safetensors", CONV, saved)
 
 
-def test_a_difference_of_the_bias_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("case", "key", "says"),
+    [
+        ("dora", "dora_scale", "its 64 magnitudes are for another shape than 32 x 24"),
+        ("dora-by-input", "dora_scale", "its 48 magnitudes are for another shape than 32 x 24"),
+        ("oft-constrained", "rescale", "64 outputs are rescaled and 32 rotated"),
+        ("full", "diff_b", "the bias has 64 entries for 32 outputs"),
+    ],
+)
+def test_what_is_added_to_a_kind_must_fit_it(tmp_path, case, key, says):
+    saved = by_lycoris(case, LAYERS[LINEAR]).saved
+    saved[key] = torch.cat([saved[key], saved[key]], int(saved[key].shape[0] == 1))
+    with pytest.raises(EstLoraError, match=f"damaged: of {LINEAR}, {says}"):
+        load(tmp_path / "a.safetensors", LINEAR, saved)
+
+
+@pytest.mark.parametrize("case", ["ia3", "ia3-by-input", "oft", "boft"])
+def test_an_update_of_another_width_is_found_where_it_is_to_be_attached(tmp_path, case):
+    saved = by_lycoris(case, nn.Linear(16, 16)).saved
+    file = load(tmp_path / "a.safetensors", LINEAR, saved)
+    (update,) = file.updates.values()
+    assert update.needs_model
+    assert not update.fits((32, 24))
+
+
+def test_glora_of_either_age(tmp_path):
+    changed = by_lycoris("glora", LAYERS[LINEAR])
+    pairs = (("a1.weight", "a2.weight"), ("b1.weight", "b2.weight"))
+    old = changed.saved | {one: changed.saved[other] for pair in pairs for one, other in (pair, pair[::-1])}
+    updates = [load(tmp_path / "a.safetensors", LINEAR, saved).updates for saved in (changed.saved, old)]
+    new, old = (next(iter(each.values())).dense() for each in updates)
+    torch.testing.assert_close(new, old)
+
+
+def test_factors_without_dimensions_are_not_understood(tmp_path):
+    saved = by_lycoris("tucker", LAYERS[CONV]).saved
+    for key in ("lora_up.weight", "lora_down.weight"):
+        for shape in ((), (4,), (4, 4, 1)):
+            file = load(tmp_path / "a.safetensors", CONV, saved | {key: torch.ones(shape)})
+            assert file.updates == {}
+            assert len(file.unknown_keys) == len(saved)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "shape", "kind"),
+    [
+        ("diff", (3,), "norm"),
+        ("w_norm", (3,), "norm"),
+        ("diff_b", (3,), "bias"),
+        ("oft_diag", (2, 4, 4), "old-oft"),
+        ("oft_R.weight", (4, 6), "peft-oft"),
+        ("ia3_l", (1, 3), "peft-ia3"),
+    ],
+)
+def test_kinds_that_cannot_be_applied_are_counted_and_named(tmp_path, suffix, shape, kind):
+    path = write(tmp_path / "a.safetensors", random_lora(1, ATTENTION_LAYERS[1:2]))
     stem = "lora_unet_" + LINEAR.replace(".", "_")
-    save_file({f"{stem}.diff": torch.ones(3, 2), f"{stem}.diff_b": torch.ones(3)}, tmp_path / "a.safetensors")
-    file = LoraFile.load(tmp_path / "a.safetensors")
-    assert file.kinds == {"full": 1}
-    assert file.unknown_keys == (f"{stem}.diff_b",)
+    file = load(path, LINEAR, {suffix: torch.ones(shape)})
+    assert file.kinds == {kind: 1}
+    assert file.unsupported == {LayerId("unet", LINEAR): kind}
+    assert file.unknown_keys == ()
+    assert f"1 {kind}" in file.remarks[0]
+    assert stem not in file.remarks[0]

@@ -1,0 +1,75 @@
+"""A model's modules: their names without wrappers, their shapes, and their original weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from est_lora.lora import Shape, Weight, weight_shape
+
+# What torch.compile and peft put before or into the names of a model that they wrap.
+_WRAPPERS = ("_orig_mod.", "base_model.model.")
+# A level of names that newer transformers have dropped.
+_TEXT_MODEL = "text_model."
+_SIZES = ("in_features", "out_features", "in_channels", "out_channels", "kernel_size")
+
+
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of `model` by the names they have where nothing wraps them."""
+    named = {}
+    for name, module in model.named_modules():
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")
+        named[name] = module
+    return named
+
+
+def find(modules: dict[str, nn.Module], name: str) -> nn.Module | None:
+    """The module that a layer's name means, or None."""
+    return modules.get(name) or modules.get(name.removeprefix(_TEXT_MODEL))
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The layer itself, where a user's own peft adapter is wrapped around it."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
+
+
+def module_shape(module: nn.Module) -> Shape:
+    """(out, in) of a linear layer, (out, in, kh, kw) of a convolution with a kernel larger than 1 x 1; () of others.
+
+    Read off what the module says of itself: a quantised weight has another shape than the matrix it stands for.
+    """
+    sizes: dict[str, Any] = {name: getattr(module, name, None) for name in _SIZES}
+    if isinstance(sizes["in_features"], int):
+        return (sizes["out_features"], sizes["in_features"])
+    if isinstance(sizes["in_channels"], int) and sizes["kernel_size"]:
+        return weight_shape(sizes["out_channels"], sizes["in_channels"], *sizes["kernel_size"])
+    return ()
+
+
+def original_weight(module: nn.Module) -> tuple[Weight, Shape] | None:
+    """What reads the weight that a layer came with, and its shape; None where the weight can't be read.
+
+    A user's own adapter that has been merged into the weight is taken out of what is read, not out of the model.
+    """
+    layer = unwrapped(module)
+    weight, shape = getattr(layer, "weight", None), module_shape(layer)
+    if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
+        return None
+    if weight_shape(*weight.shape) != shape:  # packed
+        return None
+
+    def read() -> Tensor:
+        own: Any = layer.weight
+        wrapper: Any = module
+        while wrapper is not layer:
+            for adapter in getattr(wrapper, "merged_adapters", ()):
+                own = own - wrapper.get_delta_weight(adapter)
+            wrapper = wrapper.base_layer
+        weight: Tensor = own.detach()
+        return weight
+
+    return read, shape
