@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import importlib
+import io
 import json
 import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,7 +21,8 @@ from est_lora.errors import EstLoraError, quote, reason
 _EXIT_BAD_INPUT, _EXIT_INTERRUPTED = 2, 130
 _FILES = ("subject", "style")
 _SIZE = re.compile(r"(\d{1,5})(?:x(\d{1,5}))?", re.ASCII)
-_NUMBERED = re.compile(r"(\d{1,9})-\d+\.png", re.ASCII)
+_SEEDS = re.compile(r"\s*(\d{1,20})(?:-(\d{1,20}))?\s*", re.ASCII)
+_MOST_SEED, _MOST_PICTURES = 2**63, 100_000
 _NEEDS_DEMO = "needs packages that aren't installed ({}): pip install 'est-lora[demo]'"
 
 
@@ -36,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0, 2 for what a user can mend (one sentence on stderr), 130 for Ctrl-C."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would remark on packages that nobody here needs
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="est-lora: %(message)s", level=logging.WARNING)
     try:
         args = _parser().parse_args(arguments)
@@ -48,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # a reader that has seen enough, as in `est-lora inspect ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a full disk, a folder that can't be written to
-        print(f"est-lora: {quote(error.filename or 'a file')} can't be used: {error.strerror}.", file=sys.stderr)
+        where = f"{quote(error.filename)} can't be used: " if error.filename else ""
+        print(f"est-lora: {where}{error.strerror or reason(error)}", file=sys.stderr)
         return _EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("est-lora: interrupted.", file=sys.stderr)
@@ -73,25 +76,34 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     inspect = commands.add_parser("inspect", help="what two files hold, and what they will do", allow_abbrev=False)
-    inspect.description = "Shows what is in two LoRA files and which of them acts where and when. Needs no model."
+    inspect.description = "Shows what is in two LoRA files and which of them acts where and when."
     for name in _FILES:
         inspect.add_argument(name, metavar=name.upper(), help=f"the {name}'s .safetensors file")
+    inspect.add_argument(
+        "--model", metavar="PATH", help="a model (folder or file) whose weights DoRA, (IA)^3, OFT and GLoRA depend on"
+    )
     inspect.add_argument("--plot", metavar="MAP.png", help="also draw the gate map")
     inspect.add_argument("--json", action="store_true", help="print JSON instead of the table")
     _add_knobs(inspect)
     inspect.set_defaults(run=_inspect)
 
     generate = commands.add_parser("generate", help="make pictures with a model of yours", allow_abbrev=False)
-    generate.description = "Makes pictures with a Stable Diffusion 1, 2 or XL model in diffusers' folder format."
-    generate.add_argument("--model", required=True, metavar="FOLDER", help="the model's folder (has model_index.json)")
+    generate.description = "Makes pictures with a Stable Diffusion 1, 2 or XL model: one file, or diffusers' folder."
+    generate.add_argument("--model", required=True, metavar="PATH", help="a .safetensors file or diffusers' folder")
+    generate.add_argument(
+        "--config",
+        metavar="FOLDER",
+        help="for a file: a folder in diffusers' format to configure it by, without network",
+    )
     for name in _FILES:
         generate.add_argument(f"--{name}", required=True, metavar="FILE", help=f"the {name}'s .safetensors file")
     generate.add_argument("--prompt", required=True, metavar="TEXT", help="what to draw")
     generate.add_argument("--negative", default="", metavar="TEXT", help="what to keep away from")
     generate.add_argument("--steps", default="28", metavar="N", help="sampling steps (default 28)")
     generate.add_argument("--guidance", default="7", metavar="X", help="guidance scale (default 7)")
-    generate.add_argument("--seed", default="0", metavar="N", help="seed; the next picture takes the next (default 0)")
-    generate.add_argument("--count", default="1", metavar="N", help="how many pictures (default 1)")
+    generate.add_argument("--seed", metavar="N", help="seed; the next picture takes the next (default 0)")
+    generate.add_argument("--count", metavar="N", help="how many pictures (default 1)")
+    generate.add_argument("--seeds", metavar="LIST", help="instead of these two: seeds and ranges, e.g. 3,7,11-14")
     generate.add_argument("--size", metavar="WxH", help="pixels, e.g. 768x512 or 512 (default: the model's own)")
     generate.add_argument("--scheduler", metavar="NAME", help="e.g. euler, dpm++2m, ddim (default: the model's own)")
     generate.add_argument("--device", metavar="NAME", help="e.g. cuda, mps, cpu (default: the fastest there is)")
@@ -147,12 +159,17 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from est_lora import report
-    from est_lora.gate import FusionPlan
-    from est_lora.lora import LoraFile
-
+    try:
+        from est_lora import report
+        from est_lora.gate import FusionPlan
+        from est_lora.lora import LoraFile, ModelFile
+    except ImportError as error:
+        raise EstLoraError("inspect " + _NEEDS_DEMO.format(error.name)) from error
     config = _config(args)
     subject, style = (LoraFile.load(path) for path in config.pair())
+    if args.model:
+        weight_of = ModelFile(args.model).weight_of
+        subject, style = (file.on("unet", weight_of) for file in (subject, style))
     plan = FusionPlan.of(subject, style, config)
     text = json.dumps(report.to_json(plan), indent=1, allow_nan=False) if args.json else report.table(plan)
     if args.plot:
@@ -164,61 +181,65 @@ def _save_map(plan: Any, path: Path) -> None:
     try:
         from est_lora.plot import gate_map
 
-        gate_map(plan).savefig(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of letters in a file's name that the font doesn't have
+            gate_map(plan).savefig(path)
     except ImportError as error:
         raise EstLoraError("The gate map " + _NEEDS_DEMO.format(error.name)) from error
-    except (OSError, ValueError) as error:  # no such folder, or an ending that matplotlib can't write
+    except (OSError, ValueError, RuntimeError) as error:  # no such folder, or an ending that matplotlib can't write
         raise EstLoraError(f"The gate map can't be written to {quote(path)}: {reason(error)}") from error
 
 
 def _generate(args: argparse.Namespace) -> None:
-    config, folder = _config(args), _output(args)
-    steps, count = _whole(args, "steps", 1, 1000), _whole(args, "count", 1, 100_000)
-    seed, guidance, size = _whole(args, "seed", 0, 2**63), _guidance(args.guidance), _size(args.size)
+    fusion, folder = _config(args), _output(args)
+    steps, guidance = _whole(args, "steps", 1, 1000), _guidance(args.guidance)
+    seeds, size = _seeds(args), _size(args.size)
     try:
-        import torch
-
-        from est_lora.hosts import diffusers_loading as loading
-        from est_lora.hosts.diffusers import fuse, load_plan
+        from est_lora.hosts.generate import Request, generate
     except ImportError as error:
         raise EstLoraError("generate " + _NEEDS_DEMO.format(error.name)) from error
-    importlib.import_module("est_lora.demo.model")  # diffusers loads a class of ours only where it is imported already
-    load_plan(config)  # says what is wrong with the files before minutes go into loading the model
-    pipe = loading.load_pipeline(Path(args.model), *loading.device_and_dtype(args.device, args.dtype))
-    if args.scheduler:
-        loading.set_scheduler(pipe, args.scheduler)
-    with fuse(pipe, **dataclasses.asdict(config)):
-        for index in range(count):
-            pipe.set_progress_bar_config(desc=f"picture {index + 1} of {count}")
-            generator = torch.Generator().manual_seed(seed + index)
-            picture = _draw(
-                pipe,
-                prompt=args.prompt,
-                negative_prompt=args.negative,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                generator=generator,
-                **size,
+    request = Request(
+        model=Path(args.model),
+        configs=None if args.config is None else Path(args.config),
+        fusion=fusion,
+        prompt=args.prompt,
+        negative=args.negative,
+        steps=steps,
+        guidance=guidance,
+        seeds=seeds,
+        size=size,
+        scheduler=args.scheduler,
+        device=args.device,
+        dtype=args.dtype,
+        folder=folder,
+    )
+    for output in generate(request):
+        if output.found:
+            print(f"est-lora: {quote(output.path)} is there already.", file=sys.stderr)
+        print(output.path, flush=True)
+
+
+def _seeds(args: argparse.Namespace) -> Sequence[int]:
+    """The seeds asked for, each once."""
+    if args.seeds is None:
+        seed = 0 if args.seed is None else _whole(args, "seed", 0, _MOST_SEED)
+        count = 1 if args.count is None else _whole(args, "count", 1, _MOST_PICTURES)
+        return range(seed, seed + count)
+    if args.seed is not None or args.count is not None:
+        raise EstLoraError("--seeds says it all: leave --seed and --count out, or leave --seeds out.")
+    seeds: dict[int, None] = {}
+    for part in args.seeds.split(","):
+        found = _SEEDS.fullmatch(part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if not first <= last <= _MOST_SEED:
+            raise EstLoraError(
+                f"--seeds can't be {quote(args.seeds)}: it is a list of whole numbers and ranges of them up to"
+                f" {_MOST_SEED}, as in 3,7,11-14."
             )
-            print(_save(picture, folder, seed + index))
-
-
-def _draw(pipe: Any, **request: Any) -> Any:
-    try:
-        return pipe(**request).images[0]
-    except EstLoraError:
-        raise
-    except (RuntimeError, ValueError) as error:  # out of memory, or more than this model or scheduler can do
-        raise EstLoraError(f"The picture can't be made this way: {reason(error)}") from error
-
-
-def _save(picture: Any, folder: Path, seed: int) -> Path:
-    """Writes a picture under the next free number, so that none is overwritten."""
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers = (int(found[1]) for found in map(_NUMBERED.fullmatch, os.listdir(folder)) if found)
-    path = folder / f"{max(numbers, default=-1) + 1:05d}-{seed}.png"
-    picture.save(path)
-    return path
+        if len(seeds) + last - first >= _MOST_PICTURES:
+            raise EstLoraError(f"--seeds {quote(args.seeds)} is more than {_MOST_PICTURES} pictures: ask for fewer.")
+        seeds |= dict.fromkeys(range(first, last + 1))
+    return tuple(seeds)
 
 
 def _guidance(text: str) -> float:
@@ -231,11 +252,11 @@ def _guidance(text: str) -> float:
     return value
 
 
-def _size(text: str | None) -> dict[str, int]:
+def _size(text: str | None) -> tuple[int, int] | None:
     if text is None:
-        return {}
+        return None
     found = _SIZE.fullmatch(text)
     width, height = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if not all(8 <= side <= 8192 and side % 8 == 0 for side in (width, height)):
         raise EstLoraError(f"--size can't be {quote(text)}: it is WIDTHxHEIGHT or SIDE in pixels, multiples of 8.")
-    return {"width": width, "height": height}
+    return width, height

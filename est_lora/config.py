@@ -48,14 +48,22 @@ class Field:
         return "--" + self.key.replace("_", "-")
 
     @property
+    def infotext(self) -> str:
+        """Its key in the text that a picture carries."""
+        return "EST-LoRA " + self.key.replace("_", " ")
+
+    @property
     def range(self) -> str:
         """What may be given, in words."""
         if self.choices:
             return ", ".join(self.choices)
         if self.type is str:
             return "a LoRA file"
-        numbers = f"{'> ' if self.above_low else ''}{self.low:g} ... {self.high:g}"
-        return f"{AUTO}, {numbers}" if self.auto else numbers
+        return f"{AUTO}, {self._bounds}" if self.auto else self._bounds
+
+    @property
+    def _bounds(self) -> str:
+        return f"{'> ' if self.above_low else ''}{self.low:g} ... {self.high:g}"
 
     def parse(self, value: object) -> Any:
         """`value`, typed by a user or given by a program, as this knob's own type.
@@ -69,7 +77,7 @@ class Field:
             raise EstLoraError(f"{self.key} can't be {quote(value)}: it is one of {self.range}.")
         if self.type is str:
             return self._parse_name(value)
-        if self.auto and value == AUTO:
+        if self.auto and isinstance(value, str) and value == AUTO:
             return AUTO
         return self._parse_number(value)
 
@@ -87,7 +95,8 @@ class Field:
             number = math.nan
         if math.isfinite(number) and self.low <= number <= self.high and not (self.above_low and number == self.low):
             return number
-        raise EstLoraError(f"{self.key} can't be {quote(value)}: it is a number in {self.range}.")
+        auto = f", or {AUTO}" if self.auto else ""
+        raise EstLoraError(f"{self.key} can't be {quote(value)}: it is a number in {self._bounds}{auto}.")
 
 
 def _knob(default: Any, help: str, **limits: Any) -> Any:

@@ -68,21 +68,21 @@ def stable_diffusion(image_to_image: bool = False) -> StableDiffusionPipeline:
     return pipe
 
 
-def stable_diffusion_xl(image_to_image: bool = False) -> StableDiffusionXLPipeline:
+def stable_diffusion_xl(image_to_image: bool = False, second_width: int = 32) -> StableDiffusionXLPipeline:
     """SDXL's layout: two text encoders, pooled and size embeddings, deeper transformers."""
     torch.manual_seed(3)
     unet = narrow(
         SDXL,
-        cross_attention_dim=64,
+        cross_attention_dim=32 + second_width,
         transformer_layers_per_block=(1, 1, 2),
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=32 + 6 * 8,
+        projection_class_embeddings_input_dim=second_width + 6 * 8,
     )
     kind = StableDiffusionXLImg2ImgPipeline if image_to_image else StableDiffusionXLPipeline
     pipe = kind(
         vae=_vae(),
         text_encoder=CLIPTextModel(_text_config()).eval(),
-        text_encoder_2=CLIPTextModelWithProjection(_text_config()).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(second_width)).eval(),
         tokenizer=make_tokenizer(),
         tokenizer_2=make_tokenizer(),
         unet=unet,

@@ -18,6 +18,7 @@ BELOW_HOSTS = {
     "lora": {"errors"},
     "gate": {"errors", "config", "lora"},
     "fusion": {"errors", "config", "lora", "gate"},
+    "text": {"errors", "config"},
     "report": {"gate", "lora"},
     "plot": {"gate"},
 }

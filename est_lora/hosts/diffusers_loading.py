@@ -9,15 +9,25 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from est_lora.errors import EstLoraError, nearest, quote, reason
 
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+# What loading a damaged or unfitting model may raise.
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# What a model's own scheduler may have switched on and a name like `euler` doesn't mean.
+_PLAIN: dict[str, Any] = {
+    "algorithm_type": "dpmsolver++",
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {"algorithm_type": "deis"}),
     "dpm++2m": ("DPMSolverMultistepScheduler", {}),
     "dpm++2m-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     "dpm++2m-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
@@ -31,6 +41,27 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "pndm": ("PNDMScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
+# What AUTOMATIC1111's WebUI calls diffusers' schedulers, and spacings of the noise levels.
+_SAMPLERS = {
+    "DDIMScheduler": "DDIM",
+    "DPMSolverSDEScheduler": "DPM++ SDE",
+    "EulerAncestralDiscreteScheduler": "Euler a",
+    "EulerDiscreteScheduler": "Euler",
+    "HeunDiscreteScheduler": "Heun",
+    "KDPM2AncestralDiscreteScheduler": "DPM2 a",
+    "KDPM2DiscreteScheduler": "DPM2",
+    "LCMScheduler": "LCM",
+    "LMSDiscreteScheduler": "LMS",
+    "UniPCMultistepScheduler": "UniPC",
+}
+_MULTISTEP = {
+    ("dpmsolver++", 2, "midpoint"): "DPM++ 2M",
+    ("sde-dpmsolver++", 2, "midpoint"): "DPM++ 2M SDE",
+    ("sde-dpmsolver++", 2, "heun"): "DPM++ 2M SDE Heun",
+    ("sde-dpmsolver++", 3, "midpoint"): "DPM++ 3M SDE",
+}
+_SCHEDULES = {"use_karras_sigmas": "Karras", "use_exponential_sigmas": "Exponential", "use_beta_sigmas": "Beta"}
+_SPACINGS = {"linspace": "Uniform", "leading": "DDIM", "trailing": "SGM Uniform"}
 
 
 def device_and_dtype(device: str | None, dtype: str | None) -> tuple[str, torch.dtype]:
@@ -58,6 +89,23 @@ def load_pipeline(folder: Path, device: str, dtype: torch.dtype) -> Any:
     Raises:
         EstLoraError: there is no such model, or it can't be loaded.
     """
+    kind = check_model_folder(folder)
+    keep_quiet()
+    try:
+        pipe = getattr(diffusers, kind).from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+        return pipe.to(device)
+    except LOADING_ERRORS as error:
+        raise EstLoraError(f"The model in {quote(folder)} can't be loaded on {device}: {reason(error)}") from error
+
+
+def check_model_folder(folder: Path) -> str:
+    """The class of the pipeline in `folder`, which has diffusers' format.
+
+    Raises:
+        EstLoraError: it hasn't, or it is of another class than generate can use.
+    """
     index = folder / "model_index.json"
     try:
         kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
@@ -65,20 +113,18 @@ def load_pipeline(folder: Path, device: str, dtype: torch.dtype) -> Any:
         raise EstLoraError(
             f"{quote(folder)} holds no model in diffusers' folder format: there is no readable model_index.json in it."
         ) from error
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise EstLoraError(f"{quote(index)} is damaged: it isn't a JSON object.") from error
     if kind not in _PIPELINES:
         raise EstLoraError(f"{quote(folder)} is a {quote(kind)}: generate takes a {' or a '.join(_PIPELINES)}.")
+    return str(kind)
+
+
+def keep_quiet() -> None:
+    """Silences what the libraries say while they load; what can't be done is said in sentences of ours."""
     diffusers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.set_verbosity_error()  # what can't be done is said by the sentences below
+    diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    try:
-        pipe = getattr(diffusers, kind).from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True
-        )
-        return pipe.to(device)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise EstLoraError(f"The model in {quote(folder)} can't be loaded on {device}: {reason(error)}") from error
 
 
 def set_scheduler(pipe: Any, name: str) -> None:
@@ -91,22 +137,37 @@ def set_scheduler(pipe: Any, name: str) -> None:
         near = nearest(name, SCHEDULERS) or sorted(SCHEDULERS)
         raise EstLoraError(f"There is no scheduler {quote(name)}: did you mean {' or '.join(near)}?")
     kind, options = SCHEDULERS[name]
-    predicts = pipe.scheduler.config.get("prediction_type", "epsilon")
-    scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config, **options)
-    if not _runs(scheduler):
+    own = pipe.scheduler.config
+    if "prediction_type" not in own or "sigma_data" in own:
+        raise EstLoraError(f"This model needs its own {type(pipe.scheduler).__name__}: leave --scheduler out.")
+    try:
+        scheduler = getattr(diffusers, kind).from_config({**own, **_PLAIN, **options})
+        _try_out(scheduler)
+    except (ValueError, NotImplementedError, ImportError) as error:
         raise EstLoraError(
-            f"The scheduler {quote(name)} can't run a model with {predicts} prediction: try ddim or dpm++2m."
-        )
+            f"The scheduler {quote(name)} can't run this model, which has {own.prediction_type} prediction; try ddim or"
+            f" dpm++2m. It says: {reason(error)}"
+        ) from error
     pipe.scheduler = scheduler
 
 
-def _runs(scheduler: Any) -> bool:
-    """Whether `scheduler` takes this model's kind of prediction, tried on a copy with an empty picture."""
+def _try_out(scheduler: Any) -> None:
+    """Lets a copy of `scheduler` take one step with an empty picture; raises what it raises."""
     trial = type(scheduler).from_config(scheduler.config)
-    picture = torch.zeros(1, 1, 4, 4)
     trial.set_timesteps(20)
-    try:
-        trial.step(picture, trial.timesteps[0], picture)
-    except (NotImplementedError, ValueError):
-        return False
-    return True
+    start = trial.timesteps[0]
+    picture = trial.scale_model_input(torch.zeros(1, 1, 4, 4), start)
+    trial.step(picture, start, picture)
+
+
+def sampler_names(scheduler: Any) -> tuple[str, str | None]:
+    """Sampler and schedule type as AUTOMATIC1111's WebUI names them; what it doesn't have is named as in diffusers."""
+    config, kind = scheduler.config, type(scheduler).__name__
+    schedule = next((name for key, name in _SCHEDULES.items() if config.get(key)), None)
+    if kind == "DPMSolverMultistepScheduler":
+        sampler = _MULTISTEP.get((config.algorithm_type, config.solver_order, config.solver_type))
+    elif kind == "PNDMScheduler":
+        sampler = "PLMS" if config.skip_prk_steps else None
+    else:
+        sampler = _SAMPLERS.get(kind)
+    return sampler or kind, schedule or _SPACINGS.get(config.get("timestep_spacing"))

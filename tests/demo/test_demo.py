@@ -127,12 +127,14 @@ def test_generate_numbers_its_pictures_and_repeats_a_seed(tmp_path, capsys):
         return [np.asarray(Image.open(path)) for path in capsys.readouterr().out.split()]
 
     first = generate("--seed", "5", "--count", "2")
-    again = generate("--seed", "6", "--size", "32x32", "--scheduler", "ddim")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000-5.png", "00001-6.png", "00002-6.png"]
+    same = ["--seed", "6", "--size", "32x32", "--scheduler", "ddim"]
+    again = generate(*same, "-o", str(tmp_path / "again"))
     assert np.array_equal(first[1], again[0])
     assert not np.array_equal(first[0], first[1])
     assert generate("--size", "64x32")[0].shape == (32, 64, 3)
     assert not np.array_equal(generate("--seed", "6", "--method", "style")[0], again[0])
+    numbered = ["00000-5.png", "00001-6.png", "00002-0.png", "00003-6.png"]
+    assert sorted(path.name for path in tmp_path.glob("*[0-9].png")) == numbered
 
 
 @pytest.mark.parametrize("scheduler", ["euler-a", "kdpm2", "pndm", "no-such"])

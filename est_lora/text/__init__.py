@@ -1,0 +1,1 @@
+"""Text that others read: the infotext of a picture."""
