@@ -1,9 +1,11 @@
-"""Runs the demo or the tests in a virtual environment of its own, with exactly pinned packages.
+"""Runs the demo, the tests or the benchmark in a virtual environment of its own, with exactly pinned packages.
 
 python3 run.py demo           draws the demonstration with the embedded model
 python3 run.py test           runs the checks and the whole test suite
 python3 run.py test-oldest    runs the tests of what lies below the hosts with the oldest torch that hosts still pin
                               (Python 3.10 or 3.11; downloads gigabytes)
+python3 run.py benchmark      times UNets of SD1.5's and SDXL's size with and without LoRAs, and the planning of a pair
+                              of files (half an hour, 14 GB of memory; see python3 run.py benchmark --help)
 
 What stands after the word is handed on: `python3 run.py demo -o pictures`, `python3 run.py test tests/gate`.
 """
@@ -28,6 +30,7 @@ COMMANDS = {
         ["torch==2.1.2", "numpy==1.26.2", "safetensors==0.4.2", "pytest", "hypothesis"],
         [["pytest", "tests/lora", "tests/gate", "tests/fusion", "tests/test_clock.py", "tests/test_config.py"]],
     ),
+    "benchmark": (["-c", "constraints.txt", "-e", ".[demo]"], [["benchmarks"]]),
 }
 
 
@@ -41,7 +44,8 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments in (["-h"], ["--help"]) else 2
     command, *added = arguments
     packages, steps = COMMANDS[command]
-    python = environment(command, packages)
+    owner = next(name for name, (needed, _) in COMMANDS.items() if needed == packages)  # gigabytes need no twin
+    python = environment(owner, packages)
     folder = None if command == "demo" else ROOT  # pictures go where the user is
     for step in [*steps[:-1], [*steps[-1], *added]]:
         if code := subprocess.run([python, "-m", *step], cwd=folder, check=False).returncode:
