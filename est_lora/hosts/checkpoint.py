@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from safetensors import SafetensorError, safe_open
 
 from est_lora.errors import EstLoraError, quote, reason
-from est_lora.hosts.diffusers_loading import LOADING_ERRORS, check_model_folder, keep_quiet
+from est_lora.hosts.diffusers_loading import check_model_folder, keep_quiet
+from est_lora.lora.reading import opened
 
 _SUFFIX = ".safetensors"
 _UNET = "model.diffusion_model."
@@ -25,15 +26,14 @@ _TEXT_ENCODERS = {
 }
 _REFINER = "conditioner.embedders.0.model."
 _FAMILIES = {"StableDiffusionPipeline": "Stable Diffusion 1 or 2", "StableDiffusionXLPipeline": "Stable Diffusion XL"}
+# Libraries whose errors are those of the network, where they aren't operating system errors.
+_NETWORK = ("httpx", "huggingface_hub")
 # What else a file may be, by its names; the first that fits.
 _OTHERS = (
     (re.compile(r"lora_|\.lora\.|hada_|lokr_"), "is a LoRA, not a model: give it with --subject or --style"),
     (re.compile(r"(double|single)_blocks\.\d|single_transformer_blocks\.\d"), "is a Flux model, which has no UNet"),
     (re.compile(r"joint_blocks\.\d"), "is a Stable Diffusion 3 model, which has no UNet"),
-    (
-        re.compile(r"^(unet\.)?(down|up)_blocks\.\d"),
-        "has diffusers' names: give its folder",
-    ),
+    (re.compile(r"^(unet\.)?(down|up)_blocks\.\d"), "has diffusers' names: give its folder"),
     (re.compile(r"(encoder|decoder)\.(conv_in|mid)\."), "is a VAE alone: give the whole model"),
 )
 
@@ -51,21 +51,26 @@ def load_checkpoint(path: Path, configs: Path | None, device: str, dtype: torch.
     Raises:
         EstLoraError: it isn't such a file, the two don't go together, or there is nowhere to fetch from.
     """
-    kind = pipeline_kind(path)
-    if configs is not None and (theirs := check_model_folder(configs)) != kind:
+    header = read_header(path)
+    if configs is not None and (theirs := check_model_folder(configs)) != header.pipeline:
         raise EstLoraError(
-            f"{quote(path)} is a {_FAMILIES[kind]} model, and --config {quote(configs)} is for {_FAMILIES[theirs]}: give"
-            " the folder of a model of the same family."
+            f"{quote(path)} is a {_FAMILIES[header.pipeline]} model, and --config {quote(configs)} is for"
+            f" {_FAMILIES[theirs]}: give the folder of a model of the same family."
         )
     keep_quiet()
     source = {"config": str(configs), "local_files_only": True} if configs is not None else {}
     try:
         # The file is memory-mapped: what has the right type already is not copied.
-        pipe = getattr(diffusers, kind).from_single_file(str(path), dtype=dtype, **source)
+        pipe = getattr(diffusers, header.pipeline).from_single_file(str(path), dtype=dtype, **source)
         pipe.to(device)
-    except Exception as error:
+    except Exception as error:  # diffusers and the network have classes of their own
         raise _explained(error, path, configs) from error
-    if pipe.scheduler.config.get("prediction_type") != "v_prediction" and _is_v_prediction(path):
+    if header.unet_tensors != (expected := len(pipe.unet.state_dict())):  # diffusers is silent about these
+        raise EstLoraError(
+            f"The UNet in {quote(path)} has {header.unet_tensors} tensors, and {_named(configs)} knows {expected}: give"
+            " --config FOLDER of a model of the same make."
+        )
+    if header.v_prediction and pipe.scheduler.config.get("prediction_type") != "v_prediction":
         raise EstLoraError(
             f"{quote(path)} has v prediction, and {_named(configs)} hasn't: give --config FOLDER with the same in its"
             " scheduler_config.json."
@@ -73,51 +78,49 @@ def load_checkpoint(path: Path, configs: Path | None, device: str, dtype: torch.
     return pipe
 
 
-def pipeline_kind(path: Path) -> str:
-    """The class of diffusers' pipeline that the file's content is for; reads only its header.
+@dataclass(frozen=True)
+class Header:
+    """What a checkpoint is, by the names and shapes in it.
+
+    Attributes:
+        pipeline: diffusers' class of pipeline for it.
+        unet_tensors: how many tensors are of the UNet.
+        v_prediction: whether it says itself that its UNet predicts v, as files of XL do by an empty tensor of that name.
+    """
+
+    pipeline: str
+    unet_tensors: int
+    v_prediction: bool
+
+
+def read_header(path: Path) -> Header:
+    """What is in the file, by its header alone.
 
     Raises:
-        EstLoraError: it is no such file.
+        EstLoraError: it is no checkpoint that can be used.
     """
-    try:
-        with path.open("rb") as stream:
-            start = stream.read(2)
-        if start == b"PK" or start[:1] == b"\x80":
-            raise EstLoraError(
-                f"{quote(path)} is a pickle, which can run code when it is loaded: give a {_SUFFIX} file, or a folder."
-            )
-        with safe_open(path, "pt") as file:
-            names = set(file.keys())
-            channels = file.get_slice(_FIRST_LAYER).get_shape()[1] if _FIRST_LAYER in names else 0
-    except SafetensorError as error:
-        raise EstLoraError(
-            f"{quote(path)} isn't a whole safetensors file ({str(error).rstrip('.')}): download it again."
-        ) from error
-    except OSError as error:
-        raise EstLoraError(f"{quote(path)} can't be read: {error.strerror or error}.") from error
+    with opened(path, "model") as file:
+        names = set(file.keys())
+        first = file.get_slice(_FIRST_LAYER).get_shape() if _FIRST_LAYER in names else None
     if path.suffix != _SUFFIX:  # diffusers would take it for a pickle
         raise EstLoraError(f"{quote(path)} is a safetensors file: give it a name that ends with {_SUFFIX}.")
-    if not channels:
+    if first is None:
         raise EstLoraError(f"{quote(path)} {_what_else(names)}.")
-    if channels != 4:
+    if len(first) != 4:
+        raise EstLoraError(f"{quote(path)} is damaged: {quote(_FIRST_LAYER)} isn't a kernel of a convolution.")
+    if first[1] != 4:
         raise EstLoraError(
-            f"The UNet in {quote(path)} takes {channels} channels, as those for inpainting or editing do: generate takes"
+            f"The UNet in {quote(path)} takes {first[1]} channels, as those for inpainting or editing do: generate takes"
             " models that begin with noise alone, of 4 channels."
         )
     if any(name.startswith(_REFINER) for name in names):
         raise EstLoraError(f"{quote(path)} is the refiner of Stable Diffusion XL: give the base model.")
     if not any(name.startswith(_VAE) for name in names):
         raise EstLoraError(f"{quote(path)} has no VAE in it: give a file of the whole model.")
-    kind = next((kind for name, kind in _TEXT_ENCODERS.items() if name in names), None)
-    if kind is None:
+    pipeline = next((pipeline for name, pipeline in _TEXT_ENCODERS.items() if name in names), None)
+    if pipeline is None:
         raise EstLoraError(f"{quote(path)} has no known text encoder in it: give a file of the whole model.")
-    return kind
-
-
-def _is_v_prediction(path: Path) -> bool:
-    """Whether the file says so itself, by an empty tensor of that name, as v-prediction models of XL do."""
-    with safe_open(path, "pt") as file:
-        return "v_pred" in file.keys()  # noqa: SIM118 (the file is no mapping)
+    return Header(pipeline, sum(name.startswith(_UNET) for name in names), "v_pred" in names)
 
 
 def _what_else(names: set[str]) -> str:
@@ -128,8 +131,8 @@ def _what_else(names: set[str]) -> str:
 
 
 def _explained(error: Exception, path: Path, configs: Path | None) -> EstLoraError:
-    # Network libraries have no common error; diffusers raises its own and any.
-    if configs is None and (isinstance(error, OSError) or not isinstance(error, LOADING_ERRORS)):
+    from_network = isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _NETWORK
+    if configs is None and from_network:
         return EstLoraError(
             f"The configuration for {quote(path)} can't be fetched from the network: give --config FOLDER, the folder of"
             " any model of the same family in diffusers' format."

@@ -15,7 +15,7 @@ from est_lora.errors import EstLoraError, nearest, quote, reason
 
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 # What loading a damaged or unfitting model may raise.
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
+_LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What a model's own scheduler may have switched on and a name like `euler` doesn't mean.
 _PLAIN: dict[str, Any] = {
@@ -96,7 +96,7 @@ def load_pipeline(folder: Path, device: str, dtype: torch.dtype) -> Any:
             folder, dtype=dtype, use_safetensors=True, local_files_only=True
         )
         return pipe.to(device)
-    except LOADING_ERRORS as error:
+    except _LOADING_ERRORS as error:
         raise EstLoraError(f"The model in {quote(folder)} can't be loaded on {device}: {reason(error)}") from error
 
 

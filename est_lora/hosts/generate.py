@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,7 @@ from est_lora.hosts.diffusers_loading import device_and_dtype, load_pipeline, sa
 from est_lora.text import infotext
 
 _BLOCK = 1 << 20
-# The files of a folder that a picture depends on: weights, configurations, schedulers, tokenizers.
-_FILES_OF_A_MODEL, _FILES_OF_A_CONFIGURATION = (".safetensors", ".json", ".txt"), (".json", ".txt")
+_CONFIGURATIONS = (".json", ".txt")  # also of schedulers and tokenizers
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,7 @@ def generate(request: Request) -> Iterator[Output]:
     width, height = request.size or _size_of(pipe)
     sampler, schedule = sampler_names(pipe.scheduler)
     loras = [Path(path) for path in request.fusion.pair()]
+    sums = {path: _sha256(path) for path in [*loras, *_files_of(request)]}
     values = {
         "Steps": request.steps,
         "Sampler": sampler,
@@ -87,11 +87,11 @@ def generate(request: Request) -> Iterator[Output]:
         "CFG scale": request.guidance,
         "Seed": 0,
         "Size": f"{width}x{height}",
-        "Model hash": _sha256(request.model)[:10] if request.model.is_file() else None,
+        "Model hash": sums[request.model][:10] if request.model.is_file() else None,
         "Model": _name_of(request.model),
         **infotext.fusion(request.fusion),
         "EST-LoRA dtype": str(dtype).removeprefix("torch."),
-        "EST-LoRA fingerprint": _fingerprint(request, pipe.scheduler),
+        "EST-LoRA fingerprint": _fingerprint(sums.values(), pipe.scheduler),
         "Lora hashes": infotext.lora_hashes((path.stem, _sha256(path, header=False)[:12]) for path in loras),
         "Version": f"est-lora {__version__}",
     }
@@ -112,7 +112,7 @@ def generate(request: Request) -> Iterator[Output]:
 
 def _load(request: Request, device: str, dtype: torch.dtype) -> Any:
     importlib.import_module("est_lora.demo.model")  # diffusers loads a class of ours only where it is imported already
-    if request.model.is_file():
+    if request.model.is_file() or (request.model.suffix == ".safetensors" and not request.model.is_dir()):
         pipe = load_checkpoint(request.model, request.configs, device, dtype)
     elif request.configs is not None:
         raise EstLoraError(
@@ -164,17 +164,19 @@ def _sha256(path: Path, *, header: bool = True) -> str:
     return digest.hexdigest()
 
 
-def _fingerprint(request: Request, scheduler: Any) -> str:
+def _fingerprint(sums: Iterable[str], scheduler: Any) -> str:
     """12 hex digits of what the other keys don't say: all that the files hold, and all of the scheduler's settings."""
-    files = [*map(Path, request.fusion.pair()), *_files_of(request.model, _FILES_OF_A_MODEL)]
-    if request.configs is not None:
-        files += _files_of(request.configs, _FILES_OF_A_CONFIGURATION)
     settings = {key: str(value) for key, value in scheduler.config.items() if not key.startswith("_")}
-    told = [*map(_sha256, files), type(scheduler).__name__, *map(repr, sorted(settings.items()))]
+    told = [*sums, type(scheduler).__name__, *map(repr, sorted(settings.items()))]
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]
 
 
-def _files_of(model: Path, endings: tuple[str, ...]) -> list[Path]:
-    if model.is_file():
-        return [model]
-    return sorted(path for path in model.rglob("*") if path.suffix in endings and path.is_file())
+def _files_of(request: Request) -> list[Path]:
+    """The files of the model that a picture depends on."""
+    if not request.model.is_file():
+        return _files_in(request.model, (*_CONFIGURATIONS, ".safetensors"))
+    return [request.model, *(_files_in(request.configs, _CONFIGURATIONS) if request.configs else [])]
+
+
+def _files_in(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix in endings and path.is_file())

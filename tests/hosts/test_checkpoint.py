@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from est_lora.cli import main
-from est_lora.hosts.checkpoint import load_checkpoint, pipeline_kind
+from est_lora.hosts.checkpoint import load_checkpoint, read_header
 from tests.checkpoints import write_checkpoint
 from tests.files import write
 from tests.pipelines import SIZE, fitting_lora, stable_diffusion, stable_diffusion_xl
@@ -84,7 +84,7 @@ def test_weights_take_the_type_asked_for(made, tmp_path):
 def test_content_tells_the_family(tmp_path, made):
     shutil.copy(made / "model.safetensors", tmp_path / "lora.safetensors")
     expected = json.loads((made / "model" / "model_index.json").read_text())["_class_name"]
-    assert pipeline_kind(tmp_path / "lora.safetensors") == expected
+    assert read_header(tmp_path / "lora.safetensors").pipeline == expected
 
 
 class Bomb:
@@ -126,12 +126,15 @@ BAD_FILES = {
     "a tensor missing": lambda path: edited(path, drop=("output_blocks.3.1.proj_in.weight",)),
     "text encoder damaged": lambda path: edited(path, drop=("layers.1.mlp.fc1.weight",)),
     "another width": lambda path: edited(path, add={CONV_IN: torch.ones(16, 4, 3, 3)}),
+    "no kernel": lambda path: edited(path, add={CONV_IN: torch.ones(())}),
+    "more layers": lambda path: edited(path, add={CONV_IN.replace("0.0.weight", "9.9.weight"): torch.ones(2)}),
+    "missing": lambda path: path.rename(path.with_name("model2.safetensors")),
     "v prediction": lambda path: edited(path, add={"v_pred": torch.zeros(0)}),
 }
 SAYS = {
     "truncated": "isn't a whole safetensors file",
     "text": "isn't a whole safetensors file",
-    "empty": "isn't a whole safetensors file",
+    "empty": "is an empty file",
     "pickle": "is a pickle, which can run code",
     "torch pickle": "is a pickle, which can run code",
     "lora": "is a LoRA, not a model: give it with --subject or --style",
@@ -148,6 +151,9 @@ SAYS = {
     "a tensor missing": "lacks tensors that --config",
     "text encoder damaged": "lacks tensors that --config",
     "another width": "can't be loaded with --config",
+    "no kernel": "isn't a kernel of a convolution",
+    "more layers": "tensors, and --config",
+    "missing": "did you mean 'model2.safetensors'",
     "v prediction": "has v prediction, and --config",
 }
 
@@ -170,7 +176,7 @@ def test_no_pickle_is_read_whatever_its_name(sd, capsys, ending):
 
 
 def test_config_must_be_a_folder_of_the_same_family(made, sd, capsys):
-    xl = "XL" in pipeline_kind(made / "model.safetensors")
+    xl = "XL" in read_header(made / "model.safetensors").pipeline
     model, configs = sd / "model.safetensors", (made if xl else sd) / "configs"
     if xl:
         assert_refused(sd, capsys, "is a Stable Diffusion 1 or 2 model, and", "--model", model, "--config", configs)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 from est_lora.cli import main
+from est_lora.errors import EstLoraError
 from est_lora.hosts.diffusers import fuse
+from est_lora.hosts.diffusers_loading import set_scheduler
 from tests.files import Factors, write
 from tests.pipelines import SIZE, fitting_lora, stable_diffusion, stable_diffusion_xl
 
@@ -45,6 +48,45 @@ def test_a_model_of_pickles_is_refused(arguments, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_half_a_download_is_refused(arguments, tmp_path, capsys, part):
+    (weights,) = (tmp_path / "model" / part).glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "can't be loaded" in err
+
+
+def test_a_scheduler_takes_over_nothing_of_another():
+    pipe = stable_diffusion()
+    own = {"use_karras_sigmas": True, "algorithm_type": "sde-dpmsolver++"}
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **own)
+    set_scheduler(pipe, "dpm++2m")
+    assert (pipe.scheduler.config.use_karras_sigmas, pipe.scheduler.config.algorithm_type) == (False, "dpmsolver++")
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, use_exponential_sigmas=True)
+    set_scheduler(pipe, "dpm++2m-karras")
+    assert pipe.scheduler.config.use_karras_sigmas
+
+
+@pytest.mark.parametrize(
+    ("own", "name", "says"),
+    [
+        (diffusers.FlowMatchEulerDiscreteScheduler(), "euler", "needs its own FlowMatchEulerDiscreteScheduler"),
+        (diffusers.EDMEulerScheduler(), "ddim", "needs its own EDMEulerScheduler"),
+        (diffusers.DDIMScheduler(num_train_timesteps=10), "lcm", "'lcm' can't run this model"),
+        (diffusers.DDPMScheduler(beta_schedule="sigmoid"), "euler", "'euler' can't run this model"),
+        (diffusers.DDIMScheduler(prediction_type="sample"), "euler-a", "which has sample prediction"),
+    ],
+)
+def test_a_scheduler_that_does_not_suit_the_model_is_refused(own, name, says):
+    pipe = stable_diffusion()
+    pipe.scheduler = own
+    with pytest.raises(EstLoraError, match=says):
+        set_scheduler(pipe, name)
+    assert pipe.scheduler is own
+
+
 def test_layers_that_the_model_lacks_are_named(tmp_path, caplog):
     pipe = stable_diffusion()
     lora = fitting_lora(pipe.unet, 1)
@@ -52,4 +94,4 @@ def test_layers_that_the_model_lacks_are_named(tmp_path, caplog):
     lora["down_blocks.0.attentions.7.proj_in"] = Factors(first.down.clone(), first.up.clone())
     files = [write(tmp_path / f"{n}.safetensors", lora) for n in "ab"]
     with fuse(pipe, *files):
-        assert "1 layers of the files aren't in this model and are left out" in caplog.text
+        assert "aren't in this model and are left out: 1, e.g. down_blocks.0.attentions.7.proj_in" in caplog.text
