@@ -171,10 +171,14 @@ def _inspect(args: argparse.Namespace) -> None:
         weight_of = ModelFile(args.model).weight_of
         subject, style = (file.on("unet", weight_of) for file in (subject, style))
     plan = FusionPlan.of(subject, style, config)
-    text = json.dumps(report.to_json(plan), indent=1, allow_nan=False) if args.json else report.table(plan)
     if args.plot:
         _save_map(plan, Path(args.plot))
-    print(text)
+    if args.json:
+        print(json.dumps(report.to_json(plan), indent=1, allow_nan=False))
+        for remark in plan.remarks:
+            print(f"est-lora: {remark}", file=sys.stderr)
+    else:
+        print(report.table(plan))
 
 
 def _save_map(plan: Any, path: Path) -> None:

@@ -21,7 +21,6 @@ def to_json(plan: FusionPlan) -> dict[str, Any]:
         "layers": [_layer(layer) for layer in plan.layers],
         "only_subject": plan.only_subject,
         "only_style": plan.only_style,
-        "remarks": plan.remarks,
     }
 
 
@@ -66,7 +65,7 @@ def coverage(plan: FusionPlan) -> str:
 
 def table(plan: FusionPlan) -> str:
     """Both files, the pair, and a row a layer, as text."""
-    balance = "none (no gated layer has both)" if plan.balance is None else f"{plan.balance:.6g}"
+    balance = "none (no gated layer has both energies)" if plan.balance is None else f"{plan.balance:.6g}"
     config = plan.config
     lines = [
         *_described("subject", plan.subject),

@@ -97,6 +97,89 @@ def test_balance_is_null_without_a_layer_to_balance(run, tmp_path):
     assert told["balance"] == pytest.approx(1.0)
 
 
+@pytest.fixture
+def model_and_dora(pair, tmp_path):
+    """A model on disk, and a DoRA for its attention: `subject.safetensors` decomposed."""
+    generator = torch.Generator().manual_seed(3)
+    weights, dora = {}, load_file(tmp_path / "subject.safetensors")
+    for name, factors in pair[0].items():
+        weights[f"{name}.weight"] = torch.randn(factors.dense.shape, generator=generator)
+        stem = "lora_unet_" + name.replace(".", "_")
+        dora[f"{stem}.dora_scale"] = weights[f"{name}.weight"].flatten(1).norm(dim=1)[:, None] * 1.1
+    (tmp_path / "model" / "unet").mkdir(parents=True)
+    save_file(weights, tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    save_file(dora, tmp_path / "dora.safetensors")
+    return {name.removesuffix(".weight"): weight for name, weight in weights.items()}
+
+
+def test_what_depends_on_the_model_is_listed_so(model_and_dora, run):
+    code, out, err = run("inspect", "dora.safetensors", "style.safetensors", "--json")
+    assert code == 0
+    waiting = len(model_and_dora)
+    assert err.count("\n") == 1
+    assert f"{waiting} of {waiting + 2} layers depend on the model's own weights" in err
+    told = json.loads(out)
+    assert told["subject"]["kinds"] == {"dora": waiting}
+    for layer in told["layers"]:
+        if layer["name"] in told["only_style"]:
+            assert layer["segments"] == [[0.0, "style"]]
+            continue
+        assert (layer["energy_subject"], layer["rho"]) == (None, None)
+        alone = layer["name"] in told["only_subject"]
+        assert layer["segments"] == [[0.0, "subject" if alone else "needs the model"]]
+    code, out, err = run("inspect", "dora.safetensors", "style.safetensors", "--plot", "map.png")
+    assert (code, err) == (0, "")
+    assert "needs the model" in out
+    assert f"{waiting} of {waiting + 2} layers depend on the model's own weights: give the model (--model)" in out
+    assert Image.open("map.png").size[0] > 100
+
+
+def test_a_model_decides_what_depends_on_it(model_and_dora, pair, run):
+    code, out, err = run("inspect", "dora.safetensors", "style.safetensors", "--json", "--model", "model")
+    assert (code, err) == (0, "")
+    for layer in json.loads(out)["layers"]:
+        if layer["name"] not in pair[0]:
+            continue
+        weight = model_and_dora[layer["name"]].double()
+        changed = weight + pair[0][layer["name"]].dense.reshape(weight.shape)
+        rows = (
+            changed.flatten(1) / changed.flatten(1).norm(dim=1)[:, None] * weight.flatten(1).norm(dim=1)[:, None] * 1.1
+        )
+        assert layer["energy_subject"] == pytest.approx(float((rows - weight.flatten(1)).square().sum()), rel=1e-5)
+        assert (layer["rho"] is None) == (layer["name"] not in pair[1])
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("nowhere.safetensors", "There is no file 'nowhere.safetensors'"),
+        ("style.safetensors", "holds no weights of a UNet"),
+        (".", "it has no unet/"),
+        ("model.ckpt", "is a pickle"),
+    ],
+)
+def test_a_model_that_is_none_costs_one_sentence(model_and_dora, run, tmp_path, place, says):
+    torch.save({"state_dict": {}}, tmp_path / "model.ckpt")
+    assert_refused(*run("inspect", "dora.safetensors", "style.safetensors", "--model", place), says)
+
+
+def test_the_table_counts_what_is_gated_added_and_left_out(model_and_dora, run, tmp_path):
+    norm = "lora_unet_mid_block_resnets_0_norm1"
+    tensors = load_file(tmp_path / "style.safetensors") | {f"{norm}.w_norm": torch.ones(3), "odd": torch.ones(1)}
+    save_file(tensors, tmp_path / "style.safetensors")
+    gated = f"{len(ATTENTION_LAYERS)} gated (2 of them in one file alone, which acts there)"
+    for flags, rest in (
+        ((), "1 outside the gate and added (subject), 1 outside"),
+        (("--other", "off"), "2 left out (other off"),
+    ):
+        _, out, _ = run("inspect", "dora.safetensors", "style.safetensors", "--model", "model", *flags)
+        line = next(line for line in out.splitlines() if " layers: " in line)
+        assert line.startswith(f"{len(ATTENTION_LAYERS) + 2} layers: {gated}, {rest}")
+        assert line.endswith("1 of the style's left out (see its remarks)")
+        assert "1 norm" in out
+        assert "'odd'" in out
+
+
 def test_every_knob_is_a_flag(pair, run):
     given = {"subject_weight": -0.5, "style_weight": 1.5, "beta": 0.3, "alpha": 2.0, "lean": -0.25, "balance": "l1"}
     given |= {"pattern": "s*", "clock": "step", "method": "k-lora", "layers": "all", "other": "off", "engine": "branch"}
@@ -219,7 +302,7 @@ def test_a_bad_file_costs_one_sentence(run, tmp_path, case, command):
 
 
 BAD_KNOBS = [
-    (["--beta", "2.1"], "beta can't be '2.1': it is a number in auto, 0 ... 2"),
+    (["--beta", "2.1"], "beta can't be '2.1': it is a number in 0 ... 2, or auto"),
     (["--beta", "-0.1"], "beta can't be '-0.1'"),
     (["--beta", "much"], "beta can't be 'much'"),
     (["--beta", "nan"], "beta can't be 'nan'"),
@@ -305,6 +388,23 @@ def test_a_folder_that_cannot_be_written_to_costs_one_sentence(pair, run, monkey
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
     code, out, err = run("inspect", "subject.safetensors", "style.safetensors", "--plot", "map.png")
     assert_refused(code, out, err, "No space left on device")
+
+
+@pytest.mark.parametrize("name", ["a$_.safetensors", "\u732b.safetensors"])
+def test_any_file_name_can_be_drawn(pair, run, tmp_path, name, recwarn):
+    (tmp_path / "style.safetensors").rename(tmp_path / name)
+    assert run("inspect", "subject.safetensors", name, "--plot", "map.png")[::2] == (0, "")
+    assert not recwarn.list
+
+
+def test_an_error_without_a_file_and_a_missing_package_cost_one_sentence(pair, run, monkeypatch):
+    def broken(*_):
+        raise OSError("libfast.so: cannot open shared object file")
+
+    monkeypatch.setattr(FusionConfig, "pair", broken)
+    assert_refused(*run("inspect", "subject.safetensors", "style.safetensors"), "libfast.so: cannot open")
+    monkeypatch.setitem(sys.modules, "est_lora.gate", None)
+    assert_refused(*run("inspect", "subject.safetensors", "style.safetensors"), "packages that aren't installed")
 
 
 def test_no_command_and_help(run):

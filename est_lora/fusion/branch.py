@@ -52,7 +52,7 @@ class Term:
         if up is not None:
             up = up.reshape(*up.shape[:2], *ones).to(x.dtype).to(x.device)
         if bias is not None:
-            bias = (bias * self._weight).reshape(-1, *ones).to(x.dtype).to(x.device)
+            bias = (bias.float() * self._weight).reshape(-1, *ones).to(x.dtype).to(x.device)
         return _Cast(first.to(x.dtype).to(x.device), up, scale * self._weight, bias)
 
 

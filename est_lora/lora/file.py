@@ -13,7 +13,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from est_lora.errors import EstLoraError, quote
@@ -22,7 +21,7 @@ from est_lora.lora.names import UNET, LayerId, UNetLayout, read_name
 from est_lora.lora.reading import opened
 from est_lora.lora.relative import RelativeUpdate, Weight
 from est_lora.lora.scaling import PeftScaling
-from est_lora.lora.update import Shape, Update, is_finite
+from est_lora.lora.update import Shape, Update, is_finite, shape_text
 
 LORA = "lora"
 
@@ -81,7 +80,8 @@ _WITHOUT_UNET = (
     ("Flux", re.compile(r"(double|single)_blocks[._]\d|single_transformer_blocks[._]\d")),
     ("SD3", re.compile(r"joint_blocks[._]\d|transformer[._](transformer_)?blocks[._]\d+[._]attn[._](to_|add_)")),
 )
-_READABLE = (torch.float32, torch.float16, torch.bfloat16)
+# No layer has more weights than this; factors of a few bytes can claim any number.
+_MOST_WEIGHTS = 1 << 28
 
 
 @dataclass(frozen=True, eq=False)
@@ -309,7 +309,10 @@ class _Reader:
                 parts[role] = tensor
         alpha = self._alpha(by_suffix[_ALPHA]) if _ALPHA in by_suffix else None
         try:
-            return build(kind, parts, Scale(alpha, partial(self._scaling, layer)))
+            update = build(kind, parts, Scale(alpha, partial(self._scaling, layer)))
+            if update and math.prod(update.shape) > _MOST_WEIGHTS:
+                raise ValueError(f"the update of {shape_text(update.shape)} is larger than any layer")
+            return update
         except ValueError as error:
             if isinstance(error, EstLoraError):
                 raise
@@ -322,12 +325,10 @@ class _Reader:
         return alpha
 
     def _tensor(self, key: str) -> Tensor | None:
-        """A tensor in a float type that torch computes with, or None where it is neither floats nor one number."""
+        """A tensor as it is in the file, or None where it is neither floats nor one number."""
         tensor: Tensor = self._file.get_tensor(key)
-        if not tensor.is_floating_point() and tensor.numel() != 1:
-            return None
-        if tensor.dtype not in _READABLE:
-            tensor = tensor.float()
+        if not tensor.is_floating_point():
+            return tensor.float() if tensor.numel() == 1 else None
         if not is_finite(tensor):
             raise EstLoraError(f"{quote(self._path)} is damaged: {quote(key)} holds NaN or infinite values.")
         return tensor

@@ -294,6 +294,8 @@ def shape_text(shape: Shape) -> str:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether every entry is a number."""
+    if tensor.element_size() == 1:  # of an 8-bit type, which few operations know
+        tensor = tensor.float()
     return bool(torch.isfinite(tensor).all())
 
 
