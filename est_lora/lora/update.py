@@ -79,7 +79,10 @@ class Update(ABC):
     def energy(self) -> float:
         """`||dW||_F^2`."""
         factors = self.factors()
-        return float(self.dense().square().sum()) if factors is None else factors.energy
+        if factors is not None:
+            return factors.energy
+        entries = self.dense().flatten()
+        return float(entries @ entries)
 
     def fits(self, shape: Shape) -> bool:
         """Whether `dW` is an update of a weight of `shape`, be its kernel flattened or not."""
@@ -296,7 +299,8 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether every entry is a number."""
     if tensor.element_size() == 1:  # of an 8-bit type, which few operations know
         tensor = tensor.float()
-    return bool(torch.isfinite(tensor).all())
+    # A sum needs no memory and is finite only if all entries are; a half's may overflow though they are.
+    return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def _is_thin(rank: int, shape: Shape) -> bool:
