@@ -160,3 +160,33 @@ def test_a_wrong_shape_in_an_encoder_attaches_nothing(tmp_path):
         pass
     assert state(sd) == before
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in sd.unet.modules())
+
+
+@pytest.mark.parametrize("case", ["dora", "dora-by-input", "loha", "oft", "full"])
+def test_every_kind_acts_in_the_encoders_too(pipe, tmp_path, case):
+    kinds = pytest.importorskip("tests.kinds", reason="no lycoris-lora to make the kinds")
+    path, tensors, changed = write(tmp_path / "a.safetensors", fitting_lora(pipe.unet, 1)), {}, {}
+    for part, encoder in encoders(pipe).items():
+        prefix = PREFIXES[part] if len(encoders(pipe)) > 1 else "lora_te_"
+        for name, module in projections(encoder).items():
+            changed[part, name] = kinds.by_lycoris(case, module, size=0.2 if case == "oft" else 0.7)
+            stem = prefix + ("text_model." + name.removeprefix("text_model.")).replace(".", "_")
+            tensors |= {f"{stem}.{key}": tensor for key, tensor in changed[part, name].saved.items()}
+    save_file(tensors | {key: tensor.clone() for key, tensor in load_file(path).items()}, path)
+    before = state(pipe)
+    with fuse(pipe, path, path, method="subject") as session:
+        assert session.remarks == []
+        ours = picture(pipe)
+    with fuse(pipe, path, path, method="subject", subject_te=0):
+        without = picture(pipe)
+        originals = []
+        for (part, name), layer in changed.items():
+            module = encoders(pipe)[part].get_submodule(name)
+            originals.append((module, module.weight.data, module.bias.data))
+            module.weight.data, module.bias.data = layer.weight.float(), layer.bias.detach()
+        theirs = picture(pipe)
+        for module, weight, bias in originals:
+            module.weight.data, module.bias.data = weight, bias
+    assert np.abs(ours - without).max() > 0.01, "the text-encoder part of this test does nothing"
+    np.testing.assert_allclose(ours, theirs, atol=3e-4)
+    assert state(pipe) == before
