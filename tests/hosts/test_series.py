@@ -313,6 +313,19 @@ def test_other_settings_are_drawn(generate, changed):
     assert generate(*changed)[2].endswith("is there already.\n")
 
 
+def test_schedulers_without_a_samplers_name_are_told_apart(generate):
+    own = diffusers.DPMSolverMultistepScheduler(
+        algorithm_type="sde-dpmsolver++", solver_order=3, solver_type="heun", steps_offset=1
+    )
+    own.save_pretrained("model/scheduler")
+    index = Path("model/model_index.json")
+    index.write_text(index.read_text(encoding="utf-8").replace("DDIMScheduler", type(own).__name__), encoding="utf-8")
+    generate()
+    assert generate("--scheduler", "dpm++2m")[1] == ["00001-0.png"]
+    told = [re.search("Sampler: .*?,", carried(f"out/0000{number}-0.png"))[0] for number in (0, 1)]
+    assert told == ["Sampler: DPMSolverMultistepScheduler,"] * 2
+
+
 def edit_weights(path):
     save_file({name: tensor * 1.5 for name, tensor in load_file(path).items()}, path)
 

@@ -42,6 +42,9 @@ def test_the_format():
         "a knight, (ink:1.2) <x:y>\nNegative prompt: blurry\n"
         'Steps: 28, CFG scale: 7, Seed: 3, Model: "a: \\"b\\"\\n", Version: est-lora 1'
     )
+    assert infotext.write("a", "", {"Model": " a", "Style": "猫, b", "Other": "猫"}) == (
+        'a\nModel: " a", Style: "猫, b", Other: 猫'
+    )
     assert infotext.write("a", "", {"CFG scale": 0.1 + 0.2}) == "a\nCFG scale: 0.30000000000000004"
 
 
