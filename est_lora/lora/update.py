@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
+_PIECE = 1 << 16
 
 
 class Factors(NamedTuple):
@@ -297,8 +298,8 @@ def shape_text(shape: Shape) -> str:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether every entry is a number."""
-    if tensor.element_size() == 1:  # of an 8-bit type, which few operations know
-        tensor = tensor.float()
+    if tensor.element_size() == 1:  # of an 8-bit type, which few operations know; in pieces, to spare the memory
+        return all(math.isfinite(float(piece.float().sum())) for piece in torch.split(tensor.flatten(), _PIECE))
     # A sum needs no memory and is finite only if all entries are; a half's may overflow though they are.
     return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
