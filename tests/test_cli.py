@@ -359,7 +359,12 @@ def test_a_bad_request_for_pictures_costs_one_sentence(pair, run, tmp_path, flag
         ("[]", "isn't a JSON object"),
         ('{"_class_name": "FluxPipeline"}', "is a 'FluxPipeline'"),
         ('{"_class_name": "StableDiffusionPipeline"}', "can't be loaded"),
-        ('{"_class_name": "StableDiffusionPipeline", "unet": ["os", "system"]}', "can't be loaded"),
+        (
+            '{"_class_name": "StableDiffusionPipeline", "unet": ["os", "system"]}',
+            "of 'os', which generate doesn't load",
+        ),
+        ('{"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "T5Model"]}', "only CLIP's"),
+        ('{"_class_name": "StableDiffusionPipeline", "unet": [[], {}]}', "doesn't load"),
     ],
 )
 def test_a_folder_that_is_no_model_costs_one_sentence(pair, run, tmp_path, index, says):

@@ -58,7 +58,9 @@ def load_checkpoint(path: Path, configs: Path | None, device: str, dtype: torch.
             f" {_FAMILIES[theirs]}: give the folder of a model of the same family."
         )
     keep_quiet()
-    source = {"config": str(configs), "local_files_only": True} if configs is not None else {}
+    source: dict[str, Any] = {"image_encoder": None, "feature_extractor": None}  # not in the file, and not needed
+    if configs is not None:
+        source |= {"config": str(configs), "local_files_only": True}
     try:
         # The file is memory-mapped: what has the right type already is not copied.
         pipe = getattr(diffusers, header.pipeline).from_single_file(str(path), dtype=dtype, **source)

@@ -14,6 +14,9 @@ from safetensors import SafetensorError
 from est_lora.errors import EstLoraError, nearest, quote, reason
 
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+# Where the classes that a model's index names may come from; the last is the embedded model's.
+_LIBRARIES = ("diffusers", "transformers", "stable_diffusion", "est_lora.demo.model")
+_TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 # What loading a damaged or unfitting model may raise.
 _LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -108,15 +111,23 @@ def check_model_folder(folder: Path) -> str:
     """
     index = folder / "model_index.json"
     try:
-        kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+        parts = json.loads(index.read_text(encoding="utf-8"))
+        kind = parts.pop("_class_name", None)
     except OSError as error:
         raise EstLoraError(
             f"{quote(folder)} holds no model in diffusers' folder format: there is no readable model_index.json in it."
         ) from error
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise EstLoraError(f"{quote(index)} is damaged: it isn't a JSON object.") from error
     if kind not in _PIPELINES:
         raise EstLoraError(f"{quote(folder)} is a {quote(kind)}: generate takes a {' or a '.join(_PIPELINES)}.")
+    for name, part in parts.items():
+        library, kind_of_part = part if isinstance(part, list) and len(part) == 2 else (None, None)
+        is_text_encoder = name.startswith("text_encoder")
+        if library is not None and library not in _LIBRARIES:
+            raise EstLoraError(f"{quote(index)} asks for a {name} of {quote(library)}, which generate doesn't load.")
+        if kind_of_part is not None and is_text_encoder and kind_of_part not in _TEXT_ENCODERS:
+            raise EstLoraError(f"{quote(index)} asks for a {name} {quote(kind_of_part)}: generate knows only CLIP's.")
     return str(kind)
 
 

@@ -32,13 +32,14 @@ class Factors(NamedTuple):
     def energy(self) -> float:
         """`||dW||_F^2` by two rank x rank Gram matrices: `sum((up^T up) * (down down^T)) * scale^2`.
 
-        The factors are divided by their largest entries first: squares of fp16 values overflow, tiny ones vanish.
+        In float64, where squares of fp16 don't overflow and tiny ones don't vanish; factors that are float64 themselves
+        are divided by their largest entries for it.
         """
-        up, up_peak = _normalised(self.up)
-        down, down_peak = _normalised(self.down)
-        gram = float(((up.T @ up) * (down @ down.T)).sum())
+        up, up_peak = _in_float64(self.up)
+        down, down_peak = _in_float64(self.down)
+        grams = torch.dot((up.T @ up).flatten(), (down @ down.T).flatten())
         peak = up_peak * down_peak * self.scale
-        return max(gram, 0.0) * peak * peak  # not `** 2`, which raises where a product becomes infinite
+        return max(float(grams), 0.0) * peak * peak  # not `** 2`, which raises where a product becomes infinite
 
 
 @dataclass(frozen=True, eq=False)
@@ -314,7 +315,10 @@ def _factors(left: Tensor, right: Tensor, shape: Shape, scale: float) -> Factors
     return Factors(left, right.reshape(len(right), *shape[1:]), scale)
 
 
-def _normalised(factor: Tensor) -> tuple[Tensor, float]:
-    matrix = factor.flatten(1).double()
+def _in_float64(factor: Tensor) -> tuple[Tensor, float]:
+    """`factor` as a matrix in float64, and what it has been divided by."""
+    matrix = factor.flatten(1)
+    if matrix.dtype != torch.float64:
+        return matrix.float().double(), 1.0  # by way of float32: from half directly takes longer
     peak = float(matrix.abs().amax()) if matrix.numel() else 0.0
-    return (matrix / peak if peak else matrix), peak
+    return (matrix / peak, peak) if peak else (matrix, 1.0)
