@@ -92,7 +92,8 @@ def load_plan(config: FusionConfig, pipe: Any = None) -> FusionPlan:
     Raises:
         EstLoraError: a file is missing or unusable, or the two don't go together.
     """
-    parts = {part: modules_of(model) for part in (UNET, *TEXT_ENCODERS) if (model := getattr(pipe, part, None))}
+    models = {part: getattr(pipe, part, None) for part in (UNET, *TEXT_ENCODERS)}
+    parts = {part: modules_of(model) for part, model in models.items() if isinstance(model, nn.Module)}
     layout = UNetLayout.of(parts[UNET]) if UNET in parts else None
     subject, style = (_on(parts, LoraFile.load(path, layout)) for path in config.pair())
     return FusionPlan.of(subject, style, config)
