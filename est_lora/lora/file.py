@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from est_lora.errors import EstLoraError, quote
+from est_lora.lora.keys import ALPHA, Ending, split
 from est_lora.lora.kinds import KINDS, Scale, build
 from est_lora.lora.names import UNET, LayerId, UNetLayout, read_name
 from est_lora.lora.reading import opened
@@ -23,58 +24,6 @@ from est_lora.lora.relative import RelativeUpdate, Weight
 from est_lora.lora.scaling import PeftScaling
 from est_lora.lora.update import Shape, Update, is_finite, shape_text
 
-LORA = "lora"
-
-# How a key ends -> what the tensor is, and whose convention that is.
-_FACTORS = {
-    ".lora_down.weight": ("down", "kohya"),
-    ".lora_up.weight": ("up", "kohya"),
-    ".lora_A.weight": ("down", "peft"),
-    ".lora_B.weight": ("up", "peft"),
-    ".lora_A.default.weight": ("down", "peft"),
-    ".lora_B.default.weight": ("up", "peft"),
-    ".lora.down.weight": ("down", "diffusers"),
-    ".lora.up.weight": ("up", "diffusers"),
-    ".lora_linear_layer.down.weight": ("down", "diffusers"),
-    ".lora_linear_layer.up.weight": ("up", "diffusers"),
-    "_lora.down.weight": ("down", "diffusers-processor"),
-    "_lora.up.weight": ("up", "diffusers-processor"),
-}
-_ALPHA = ".alpha"
-# How a key ends -> the kind of layer that has such a tensor, and what it is there.
-_OF_KINDS = {
-    ".lora_mid.weight": ("tucker", "lora_mid"),
-    **{f".hada_{name}": ("loha", f"hada_{name}") for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
-    **{f".lokr_{name}": ("lokr", f"lokr_{name}") for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t1", "t2")},
-    ".diff": ("full", "diff"),
-    ".oft_blocks": ("oft", "oft_blocks"),
-    ".on_input": ("ia3", "on_input"),
-    **{f".{name}.weight": ("glora", name) for name in ("a1", "a2", "b1", "b2")},
-    # Recognised and counted; what they mean differs between programs, or can't be added to a layer's output.
-    ".w_norm": ("norm", "w_norm"),
-    ".b_norm": ("norm", "b_norm"),
-    ".oft_diag": ("old-oft", "oft_diag"),
-    ".oft_R.weight": ("peft-oft", "oft_R"),
-    ".oft_R.default.weight": ("peft-oft", "oft_R"),
-    ".ia3_l": ("peft-ia3", "ia3_l"),
-}
-# What may come with the tensors of any kind.
-_ADDED = {
-    ".dora_scale": "dora_scale",
-    ".lora_magnitude_vector": "lora_magnitude_vector",
-    ".lora_magnitude_vector.weight": "lora_magnitude_vector",
-    ".lora_magnitude_vector.default.weight": "lora_magnitude_vector",
-    ".lora_B.bias": "lora_B.bias",
-    ".diff_b": "diff_b",
-    ".rescale": "rescale",
-    ".weight": "weight",
-}
-_SUFFIXES = (*_FACTORS, _ALPHA, *_OF_KINDS, *_ADDED)
-_ROLES = {
-    **{suffix: role for suffix, (role, _) in _FACTORS.items()},
-    **{suffix: role for suffix, (_, role) in _OF_KINDS.items()},
-    **_ADDED,
-}
 _FAMILIES = {768: "SD1.5", 1024: "SD2", 2048: "SDXL"}
 _WITHOUT_UNET = (
     ("Flux", re.compile(r"(double|single)_blocks[._]\d|single_transformer_blocks[._]\d")),
@@ -238,13 +187,13 @@ class _Reader:
         keys: list[str] = list(self._file.keys())
         if not keys:
             raise EstLoraError(f"{quote(self._path)} is an empty safetensors file: it holds no tensors.")
-        layers: dict[str, dict[str, str]] = {}
+        layers: dict[str, dict[str, Ending | None]] = {}
         for key in keys:
-            suffix = next(filter(key.endswith, _SUFFIXES), "")
-            layers.setdefault(key.removesuffix(suffix), {})[suffix] = key
-        for stem, by_suffix in layers.items():
-            if not self._read_layer(stem, by_suffix):
-                self._unknown.extend(by_suffix.values())
+            name, ending = split(key)
+            layers.setdefault(name, {})[key] = ending
+        for name, endings in layers.items():
+            if not self._read_layer(name, endings):
+                self._unknown.extend(endings)
         ordered = sorted(self._updates, key=lambda layer: layer.order)
         conventions = self._conventions.get(UNET) or set().union(*self._conventions.values())
         return LoraFile(
@@ -257,66 +206,65 @@ class _Reader:
             repeated=tuple(self._repeated),
         )
 
-    def _read_layer(self, stem: str, by_suffix: Mapping[str, str]) -> bool:
-        """Takes in one layer, `{suffix: key}`; false if it wasn't understood."""
-        name = read_name(stem.replace(".processor.", "."), self._layout)
-        if name is None:
+    def _read_layer(self, text: str, endings: Mapping[str, Ending | None]) -> bool:
+        """Takes in one layer: its name in the file, and its keys with their endings. False if it wasn't understood."""
+        name = read_name(text.replace(".processor.", "."), self._layout)
+        known = {key: ending for key, ending in endings.items() if ending}
+        if name is None or len(known) < len(endings):
             return False
         if name.layer in self._updates or name.layer in self._unsupported:
             self._repeated.append(name.layer)
             return True
-        by_suffix = self._of_one_convention(name.layer, by_suffix)
-        kind, convention = self._kind(by_suffix)
-        if not kind:
-            return False
+        convention = next(filter(None, (ending.convention for ending in known.values())), "")
+        kept = {key: ending for key, ending in known.items() if ending.convention in ("", convention)}
+        if len(kept) < len(known):  # its factors are there again under another convention's names
+            self._repeated.append(name.layer)
+        kind = self._kind(kept)
         if kind in KINDS:
-            update = self._build(kind, name.layer, by_suffix)
+            update = self._build(kind, name.layer, kept)
             if update is None:
                 return False
             self._updates[name.layer] = update
-        else:
+        elif kind:
             self._unsupported[name.layer] = kind
-        convention = convention or name.convention
-        self._conventions.setdefault(name.layer.part, set()).add(convention + "-original" * name.original)
+        else:
+            return False
+        convention = (convention or name.convention) + "-original" * name.original
+        self._conventions.setdefault(name.layer.part, set()).add(convention)
         return True
 
-    def _of_one_convention(self, layer: LayerId, by_suffix: Mapping[str, str]) -> Mapping[str, str]:
-        """`by_suffix` without the factors that are there again under another convention's names."""
-        first = next((_FACTORS[suffix][1] for suffix in by_suffix if suffix in _FACTORS), "")
-        kept = {suffix: key for suffix, key in by_suffix.items() if _FACTORS.get(suffix, ("", first))[1] == first}
-        if len(kept) < len(by_suffix):
-            self._repeated.append(layer)
-        return kept
+    def _kind(self, endings: Mapping[str, Ending]) -> str:
+        """The kind that a layer's tensors are of; empty where they are of several, or of none."""
+        kinds = {ending.kind for ending in endings.values()} - {""}
+        if kinds == {"lora", "tucker"}:
+            return "tucker"
+        if not kinds and any(ending.role == "diff_b" for ending in endings.values()):
+            return "bias"
+        kind = kinds.pop() if len(kinds) == 1 else ""
+        differences = (key for key, ending in endings.items() if ending.role == "diff")
+        if kind == "full" and all(len(self._file.get_slice(key).get_shape()) == 1 for key in differences):
+            return "norm"
+        return kind
 
-    def _kind(self, by_suffix: Mapping[str, str]) -> tuple[str, str]:
-        """The kind that a layer's tensors are of, and the convention they show; empty where they show none."""
-        convention = next((_FACTORS[suffix][1] for suffix in by_suffix if suffix in _FACTORS), "")
-        kinds = {_OF_KINDS[suffix][0] for suffix in by_suffix if suffix in _OF_KINDS}
-        if len(kinds) > 1 or (convention and kinds - {"tucker"}):
-            return "", ""
-        kind = kinds.pop() if kinds else LORA if convention else "bias" if ".diff_b" in by_suffix else ""
-        if kind == "full" and len(self._file.get_slice(by_suffix[".diff"]).get_shape()) == 1:
-            kind = "norm"
-        return kind, convention
-
-    def _build(self, kind: str, layer: LayerId, by_suffix: Mapping[str, str]) -> Update | None:
-        parts = {}
-        for suffix, key in by_suffix.items():
-            if suffix != _ALPHA:
-                role = _ROLES.get(suffix)
-                if role is None or role in parts or (tensor := self._tensor(key)) is None:
-                    return None
-                parts[role] = tensor
-        alpha = self._alpha(by_suffix[_ALPHA]) if _ALPHA in by_suffix else None
+    def _build(self, kind: str, layer: LayerId, endings: Mapping[str, Ending]) -> Update | None:
+        parts: dict[str, Tensor] = {}
+        alpha = None
+        for key, ending in endings.items():
+            if ending.role == ALPHA:
+                alpha = self._alpha(key)
+            elif ending.role in parts or (tensor := self._tensor(key)) is None:
+                return None
+            else:
+                parts[ending.role] = tensor
         try:
             update = build(kind, parts, Scale(alpha, partial(self._scaling, layer)))
             if update and math.prod(update.shape) > _MOST_WEIGHTS:
                 raise ValueError(f"the update of {shape_text(update.shape)} is larger than any layer")
-            return update
         except ValueError as error:
             if isinstance(error, EstLoraError):
                 raise
             raise EstLoraError(f"{quote(self._path)} is damaged: of {layer.name}, {error}.") from error
+        return update
 
     def _alpha(self, key: str) -> float:
         tensor = self._file.get_tensor(key)
