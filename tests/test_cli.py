@@ -352,6 +352,11 @@ def test_a_bad_request_for_pictures_costs_one_sentence(pair, run, tmp_path, flag
     assert listing(tmp_path) == before
 
 
+def test_a_model_that_is_not_there_costs_one_sentence(pair, run):
+    files = ["--subject", "subject.safetensors", "--style", "style.safetensors"]
+    assert_refused(*run("generate", "--model", "nix", *files, "--prompt", "x"), "There is no 'nix'")
+
+
 @pytest.mark.parametrize(
     ("index", "says"),
     [
