@@ -6,22 +6,35 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from est_lora.lora import Update
 
 # What outweighs the mean of the L1 ratios this often is left out when the mean is taken again (as published).
 _OUTLIER = 3.0
+_BLOCK = 64
 
 
-def l1_norm(update: Update) -> float:
-    """`sum|dW|`, from the dense update."""
-    return float(update.dense().abs().sum())
+def dense_measures(update: Update, count: int = 0) -> tuple[float, float]:
+    """Of the dense update, made once: `sum|dW|`, and the sum of its `count` largest absolute entries.
 
-
-def top_score(update: Update, count: int) -> float:
-    """K-LoRA's score (arXiv 2502.18461): the sum of the `count` largest absolute entries of the dense update."""
+    The first is what the published balance compares files by, the second K-LoRA's score (arXiv 2502.18461).
+    """
     entries = update.dense().abs().flatten()
-    return float(torch.topk(entries, min(count, entries.numel()), sorted=False).values.sum())
+    return float(entries.sum()), float(_largest(entries, count).sum())
+
+
+def _largest(entries: Tensor, count: int) -> Tensor:
+    """The `count` largest entries, or all there are.
+
+    At least `count` entries reach the `count`-th largest of the maxima of blocks, so only these need to be sorted.
+    """
+    if count >= entries.numel():
+        return entries
+    if 0 < count * _BLOCK < entries.numel() and entries.numel() % _BLOCK == 0:
+        maxima = entries.reshape(-1, _BLOCK).amax(1)
+        entries = entries[entries >= torch.topk(maxima, count, sorted=False).values.amin()]
+    return torch.topk(entries, count, sorted=False).values
 
 
 def energy_balance(pairs: Sequence[tuple[float, float]]) -> float:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from est_lora.config import FusionConfig
 from est_lora.errors import EstLoraError, quote
-from est_lora.gate.energy import energy_balance, l1_balance, l1_norm, top_score
+from est_lora.gate.energy import dense_measures, energy_balance, l1_balance
 from est_lora.gate.schedule import BOTH, NEEDS_MODEL, NONE, STYLE, SUBJECT, Schedule, Segments, acting, always
 from est_lora.lora import LayerId, LoraFile, Update
 from est_lora.lora.update import shape_text
@@ -98,11 +98,15 @@ class FusionPlan:
         layers = _union(subject.updates, style.updates)
         pairs = [_Pair.of(subject.updates.get(layer), style.updates.get(layer)) for layer in layers]
         gated = [config.layers == "all" or layer.is_attention for layer in layers]
-        both = [pair.both for pair, is_gated in zip(pairs, gated) if is_gated and pair.both]
-        balance = _balance(both, config)
+        measures = [
+            _Measures.of(*pair.both, is_gated, config) if pair.both else None for pair, is_gated in zip(pairs, gated)
+        ]
+        balance = _balance(
+            [measure.balanced for measure, is_gated in zip(measures, gated) if is_gated and measure], config
+        )
         plans = []
-        for layer, pair, is_gated in zip(layers, pairs, gated):
-            rho = _rho(pair, balance, config)
+        for layer, pair, is_gated, measure in zip(layers, pairs, gated, measures):
+            rho = measure.rho(balance) if measure and balance is not None else None
             segments = _segments(pair, is_gated, rho, schedule, config)
             plans.append(LayerPlan(layer, pair.subject, pair.style, is_gated, *pair.energies, rho, segments))
         text = (
@@ -155,6 +159,27 @@ class _Pair(NamedTuple):
         return [name for name, energy in zip((SUBJECT, STYLE), self.energies) if energy is None or energy > 0]
 
 
+class _Measures(NamedTuple):
+    """What the two updates of a layer are made comparable by, and what they are compared by."""
+
+    balanced: tuple[float, float]
+    compared: tuple[float, float]
+
+    @classmethod
+    def of(cls, subject: Update, style: Update, gated: bool, config: FusionConfig) -> _Measures:
+        energies = subject.energy, style.energy
+        if config.method == "k-lora":
+            count = subject.rank * style.rank
+            norms, scores = zip(*(dense_measures(update, count) for update in (subject, style)))
+            return cls(norms, scores)
+        if config.balance == "l1" and gated:
+            return cls((dense_measures(subject)[0], dense_measures(style)[0]), energies)
+        return cls(energies, energies)
+
+    def rho(self, balance: float) -> float:
+        return self.compared[0] / (balance * self.compared[1])
+
+
 def _union(one: Mapping[LayerId, Update], other: Mapping[LayerId, Update]) -> list[LayerId]:
     return sorted(one.keys() | other.keys(), key=lambda layer: layer.order)
 
@@ -175,22 +200,11 @@ def _energy(update: Update | None) -> float | None:
     return update.energy if update.energy > _LEAST_ENERGY else 0.0
 
 
-def _balance(gated: list[tuple[Update, Update]], config: FusionConfig) -> float | None:
+def _balance(gated: list[tuple[float, float]], config: FusionConfig) -> float | None:
     if not gated:
         return None
-    if config.balance == "energy" and config.method != "k-lora":
-        return energy_balance([(one.energy, other.energy) for one, other in gated])
-    return l1_balance([(l1_norm(one), l1_norm(other)) for one, other in gated])
-
-
-def _rho(pair: _Pair, balance: float | None, config: FusionConfig) -> float | None:
-    if pair.both is None or balance is None:
-        return None
-    subject, style = pair.both
-    if config.method == "k-lora":
-        count = subject.rank * style.rank
-        return top_score(subject, count) / (balance * top_score(style, count))
-    return subject.energy / (balance * style.energy)
+    by_energy = config.balance == "energy" and config.method != "k-lora"
+    return energy_balance(gated) if by_energy else l1_balance(gated)
 
 
 def _segments(pair: _Pair, gated: bool, rho: float | None, schedule: Schedule, config: FusionConfig) -> Segments:
