@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import json
 import logging
@@ -202,6 +203,7 @@ def _generate(args: argparse.Namespace) -> None:
         from est_lora.hosts.generate import Request, generate
     except ImportError as error:
         raise EstLoraError("generate " + _NEEDS_DEMO.format(error.name)) from error
+    importlib.import_module("est_lora.demo.model")  # diffusers loads a class of ours only where it is imported already
     request = Request(
         model=Path(args.model),
         configs=None if args.config is None else Path(args.config),

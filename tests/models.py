@@ -5,25 +5,9 @@ from __future__ import annotations
 import torch
 from diffusers import UNet2DConditionModel
 
-SD15 = {
-    "block_out_channels": (320, 640, 1280, 1280),
-    "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
-SDXL = {
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 2),
-    "up_block_types": (*("CrossAttnUpBlock2D",) * 2, "UpBlock2D"),
-    "cross_attention_dim": 2048,
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
+from benchmarks.unets import SIZES
+
+SD15, SDXL = SIZES["sd15"].config, SIZES["sdxl"].config
 
 
 def unet(config: dict, **changes: object) -> UNet2DConditionModel:

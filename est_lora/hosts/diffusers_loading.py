@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from safetensors import SafetensorError
 from est_lora.errors import EstLoraError, nearest, quote, reason
 
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-# Where the classes that a model's index names may come from; the last is the embedded model's.
-_LIBRARIES = ("diffusers", "transformers", "stable_diffusion", "est_lora.demo.model")
+# Where the classes that a model's index names may come from; the embedded model's come from ourselves.
+_LIBRARIES = re.compile(r"diffusers|transformers|stable_diffusion|est_lora\..+")
 _TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 # What loading a damaged or unfitting model may raise.
 _LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
@@ -126,7 +127,7 @@ def check_model_folder(folder: Path) -> str:
     for name, part in parts.items():
         library, kind_of_part = part if isinstance(part, list) and len(part) == 2 else (None, None)
         is_text_encoder = name.startswith("text_encoder")
-        if library is not None and library not in _LIBRARIES:
+        if library is not None and not _LIBRARIES.fullmatch(str(library)):
             raise EstLoraError(f"{quote(index)} asks for a {name} of {quote(library)}, which generate doesn't load.")
         if kind_of_part is not None and is_text_encoder and kind_of_part not in _TEXT_ENCODERS:
             raise EstLoraError(f"{quote(index)} asks for a {name} {quote(kind_of_part)}: generate knows only CLIP's.")

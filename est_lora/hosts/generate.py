@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +110,6 @@ def generate(request: Request) -> Iterator[Output]:
 
 
 def _load(request: Request, device: str, dtype: torch.dtype) -> Any:
-    importlib.import_module("est_lora.demo.model")  # diffusers loads a class of ours only where it is imported already
     if request.model.is_file() or (request.model.suffix == ".safetensors" and not request.model.is_dir()):
         pipe = load_checkpoint(request.model, request.configs, device, dtype)
     elif request.configs is not None:
