@@ -116,7 +116,7 @@ def check_model_folder(folder: Path) -> str:
         kind = parts.pop("_class_name", None)
     except OSError as error:
         if not folder.exists():
-            raise EstLoraError(f"There is no {quote(folder)}: give a model's folder or .safetensors file.") from error
+            raise EstLoraError(f"There is no {quote(folder)}: check the spelling of the path.") from error
         raise EstLoraError(
             f"{quote(folder)} holds no model in diffusers' folder format: there is no readable model_index.json in it."
         ) from error

@@ -183,7 +183,7 @@ def test_config_must_be_a_folder_of_the_same_family(made, sd, capsys):
         model = made / "model.safetensors"
         assert_refused(sd, capsys, "is a Stable Diffusion XL model, and", "--model", model, "--config", sd / "configs")
     for folder, says in {
-        sd / "nowhere": "no readable model_index.json",
+        sd / "nowhere": "There is no ",
         sd / "subject.safetensors": "no readable model_index.json",
         sd / "configs" / "unet": "no readable model_index.json",
     }.items():
