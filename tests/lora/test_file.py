@@ -94,6 +94,36 @@ def test_what_is_not_understood_is_named(tmp_path):
     assert "and 1 more" in remark
 
 
+def test_thousands_of_unknown_tensors_are_counted_not_recited(tmp_path):
+    path = write(tmp_path / "a.safetensors", random_lora(1))
+    strange = {f"model.layers.{index}.{'x' * 100}.weight": torch.zeros(1) for index in range(5000)}
+    save_file(_tensors(path) | strange, path)
+    file = LoraFile.load(path)
+    assert set(file.unknown_keys) == set(strange)
+    (remark,) = file.remarks
+    assert "and 4997 more" in remark
+    assert len(remark) < 500
+
+
+def test_metadata_that_lies_changes_nothing(tmp_path):
+    lies = {
+        "ss_network_dim": "999",
+        "ss_network_alpha": "-1e300",
+        "ss_network_module": "lycoris.kohya",
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "modelspec.architecture": "flux-1-dev/lora",
+        "sshs_model_hash": "0" * 64,
+        "format": "np",
+    }
+    honest = LoraFile.load(write(tmp_path / "a.safetensors", random_lora(1)))
+    lying = LoraFile.load(write(tmp_path / "b.safetensors", random_lora(1), metadata=lies))
+    assert (lying.convention, lying.kinds, lying.ranks) == (honest.convention, honest.kinds, honest.ranks)
+    assert lying.base_model == honest.base_model
+    assert {layer: update.energy for layer, update in lying.updates.items()} == {
+        layer: update.energy for layer, update in honest.updates.items()
+    }
+
+
 @pytest.mark.parametrize("pair", [("kohya", "peft"), ("diffusers", "peft"), ("lycoris", "kohya")])
 def test_a_layer_that_stands_there_twice_is_used_once_and_named(tmp_path, pair):
     lora, repeated = random_lora(1), ATTENTION_LAYERS[:5]
