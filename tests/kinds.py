@@ -61,11 +61,11 @@ class Changed(NamedTuple):
     bias: Tensor | None
 
 
-def by_lycoris(case: str, layer: nn.Module, seed: int = 0, size: float = SIZE) -> Changed:
+def by_lycoris(case: str, layer: nn.Module, seed: int = 0, size: float = SIZE, rank: int = 2) -> Changed:
     """What LyCORIS would save for `layer` with random weights, and what it would make of it."""
     _, kind, options = LYCORIS[case]
     torch.manual_seed(seed)
-    settings = {"multiplier": 1.0, "lora_dim": 2, "alpha": 0.6, "bypass_mode": False, **options}
+    settings = {"multiplier": 1.0, "lora_dim": rank, "alpha": 0.6, "bypass_mode": False, **options}
     module = kind("lora", layer, **settings)
     with torch.no_grad():
         for name, parameter in module.named_parameters():

@@ -11,7 +11,7 @@ from torch.nn import functional
 from est_lora.errors import EstLoraError
 from est_lora.fusion.modules import module_shape, unwrapped
 from est_lora.gate import BOTH, STYLE, SUBJECT, LayerPlan
-from est_lora.lora import Shape, Update, shape_text
+from est_lora.lora import Shape, Update, misfit
 
 
 class Term:
@@ -82,11 +82,7 @@ class BranchLayer:
             if update is None or not used & {acts, BOTH}:
                 continue
             if not update.fits(shape):
-                raise EstLoraError(
-                    f"The {acts} doesn't fit this model: its update of {plan.layer.name} is"
-                    f" {shape_text(update.shape) or 'for another width'}, the layer is"
-                    f" {shape_text(shape) or 'of another type'}; choose a LoRA and a model of the same family."
-                )
+                raise misfit(f"The {acts}", plan.layer.name, update, shape)
             if update.needs_model:
                 raise EstLoraError(
                     f"The {acts}'s update of {plan.layer.name} depends on the layer's own weight, and this plan was made"

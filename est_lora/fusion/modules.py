@@ -12,6 +12,8 @@ from est_lora.lora import Shape, Weight, weight_shape
 _WRAPPERS = ("_orig_mod.", "base_model.model.")
 # A level of names that newer transformers have dropped.
 _TEXT_MODEL = "text_model."
+# What peft's layers keep whose merged weight is the original plus a difference.
+_ADDED = {"lora_A", "hada_w1_a", "lokr_w1"}
 _SIZES = ("in_features", "out_features", "in_channels", "out_channels", "kernel_size")
 
 
@@ -59,17 +61,28 @@ def original_weight(module: nn.Module) -> tuple[Weight, Shape] | None:
     weight, shape = getattr(layer, "weight", None), module_shape(layer)
     if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
         return None
-    if weight_shape(*weight.shape) != shape:  # packed
+    if not shape or weight.dim() < 2 or weight_shape(*weight.shape) != shape:  # an embedding, or packed
+        return None
+    wrappers = []
+    while module is not layer:
+        wrappers.append(module)
+        module = module.base_layer  # type: ignore[assignment]
+    merged = [(each, adapter) for each in wrappers for adapter in getattr(each, "merged_adapters", ())]
+    if not all(_is_added(wrapper, adapter) for wrapper, adapter in merged):
         return None
 
     def read() -> Tensor:
         own: Any = layer.weight
-        wrapper: Any = module
-        while wrapper is not layer:
-            for adapter in getattr(wrapper, "merged_adapters", ()):
-                own = own - wrapper.get_delta_weight(adapter)
-            wrapper = wrapper.base_layer
-        weight: Tensor = own.detach()
-        return weight
+        for wrapper, adapter in merged:
+            own = own - wrapper.get_delta_weight(adapter)  # type: ignore[operator]
+        original: Tensor = own.detach()
+        return original
 
     return read, shape
+
+
+def _is_added(wrapper: nn.Module, adapter: str) -> bool:
+    """Whether peft merged this adapter by adding a difference, which can be taken out again."""
+    names = {*getattr(wrapper, "adapter_layer_names", ())}
+    variants = {**getattr(wrapper, "use_dora", {}), **dict.fromkeys(getattr(wrapper, "lora_variant", {}), True)}
+    return bool(names & _ADDED) and not variants.get(adapter)

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from est_lora.errors import EstLoraError
 from est_lora.fusion.branch import BranchLayer, remove_branches
-from est_lora.fusion.modules import find, modules_of
+from est_lora.fusion.modules import find, module_shape, modules_of, unwrapped
 from est_lora.gate import NONE, FusionPlan, LayerPlan, Segment
 from est_lora.lora.names import UNET
 
@@ -53,7 +53,10 @@ class FusionSession:
         said = self.plan.remarks if self.part == UNET else []
         if self.missing:
             count, example = len(self.missing), self.missing[0]
-            said.append(f"Layers of the files that aren't in this model and are left out: {count}, e.g. {example}.")
+            said.append(
+                "Layers of the files that this model doesn't have, or that are neither linear nor convolutions, are left"
+                f" out: {count}, e.g. {example}."
+            )
         return said
 
     def attach(self) -> None:
@@ -126,7 +129,7 @@ class FusionSession:
                 continue
             name = plan.layer.name
             module = find(modules, name)
-            if module is None:
+            if module is None or not module_shape(unwrapped(module)):  # not there, or an embedding or a norm
                 missing.append(name)
             elif _is_fused_away(name, modules):
                 raise EstLoraError(

@@ -11,7 +11,7 @@ from est_lora.config import FusionConfig
 from est_lora.errors import EstLoraError, quote
 from est_lora.gate.energy import dense_measures, energy_balance, l1_balance
 from est_lora.gate.schedule import BOTH, NEEDS_MODEL, NONE, STYLE, SUBJECT, Schedule, Segments, acting, always
-from est_lora.lora import LayerId, LoraFile, Update
+from est_lora.lora import LayerId, LoraFile, RelativeUpdate, Update
 from est_lora.lora.update import shape_text
 
 # Without a measured style discrepancy. K-LoRA's own: 0.5, and with the pattern s* 0.85 alpha.
@@ -235,14 +235,21 @@ def _check_has_updates(role: str, file: LoraFile) -> None:
             holds = f"only a text-encoder part ({len(file.text_encoder)} layers)"
         elif file.base_model:
             holds = f"a LoRA for {file.base_model}, which has no UNet"
+        elif file.unreadable:
+            holds = "only layers that need the model's own weights, which this model doesn't have or doesn't show"
         elif file.unsupported:
             holds = f"only layers of kinds that can't be applied ({', '.join(file.kinds)})"
         else:
             holds = "no tensor that is known from a LoRA"
         raise EstLoraError(f"{name} can't be the {role}: it holds {holds}, and a fusion happens in a UNet.")
     for layer, update in (*file.updates.items(), *file.text_encoder.items()):
-        if not update.needs_model and update.energy > _MOST_ENERGY:
-            raise EstLoraError(f"{name} is damaged: its update of {layer.name} is too large to be a LoRA's.")
+        if update.needs_model or update.energy <= _MOST_ENERGY:
+            continue
+        if isinstance(update, RelativeUpdate):
+            raise EstLoraError(
+                f"{name} can't be used: with the model's own weight its update of {layer.name} isn't finite."
+            )
+        raise EstLoraError(f"{name} is damaged: its update of {layer.name} is too large to be a LoRA's.")
 
 
 def _check_same_model(subject: LoraFile, style: LoraFile) -> None:

@@ -22,7 +22,7 @@ from est_lora.lora.names import UNET, LayerId, UNetLayout, read_name
 from est_lora.lora.reading import opened
 from est_lora.lora.relative import RelativeUpdate, Weight
 from est_lora.lora.scaling import PeftScaling
-from est_lora.lora.update import Shape, Update, is_finite, shape_text
+from est_lora.lora.update import Shape, Update, is_finite, misfit, shape_text
 
 _FAMILIES = {768: "SD1.5", 1024: "SD2", 2048: "SDXL"}
 _WITHOUT_UNET = (
@@ -30,7 +30,8 @@ _WITHOUT_UNET = (
     ("SD3", re.compile(r"joint_blocks[._]\d|transformer[._](transformer_)?blocks[._]\d+[._]attn[._](to_|add_)")),
 )
 # No layer has more weights than this; factors of a few bytes can claim any number.
-_MOST_WEIGHTS = 1 << 28
+_MOST_WEIGHTS = 1 << 26
+_READABLE = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,18 +79,24 @@ class LoraFile:
         Args:
             part: the part of the model, `unet`, `text_encoder` or `text_encoder_2`.
             weight_of: the weight of a layer of that part, by its name, with its shape; None where there is none.
+
+        Raises:
+            EstLoraError: an update is for a layer of another shape.
         """
         found: dict[LayerId, Update] = {}
         unreadable = dict(self.unreadable)
         for layer, update in (*self.updates.items(), *self.text_encoder.items()):
-            found[layer] = update
-            if layer.part == part and isinstance(update, RelativeUpdate):
-                weight = weight_of(layer.name)
+            weight = weight_of(layer.name) if layer.part == part else None
+            if isinstance(update, RelativeUpdate) and layer.part == part:
                 if weight is None:
                     unreadable[layer] = update.kind
-                    del found[layer]
-                elif update.fits(weight[1]):  # if not, it is found where it is to be attached
+                    continue
+                if update.applies_to(weight[1]):
                     found[layer] = update.on(*weight)
+                    continue
+            if weight is not None and (isinstance(update, RelativeUpdate) or not update.fits(weight[1])):
+                raise misfit(quote(self.path.name), layer.name, update, weight[1])
+            found[layer] = update
         return dataclasses.replace(
             self,
             updates={layer: update for layer, update in found.items() if layer.part == UNET},
@@ -136,8 +143,8 @@ class LoraFile:
         By the width of the text that its cross-attention reads; of models that have no UNet, by their layers' names.
         """
         for layer, update in self.updates.items():
-            if layer.name.endswith((".attn2.to_k", ".attn2.to_v")):
-                return _FAMILIES.get(update.shape[1]) if update.shape else None
+            if update.shape and layer.name.endswith((".attn2.to_k", ".attn2.to_v")):
+                return _FAMILIES.get(update.shape[1])
         named = (family for family, found in _WITHOUT_UNET for key in self.unknown_keys if found.search(key))
         return None if self.updates else next(named, None)
 
@@ -203,7 +210,7 @@ class _Reader:
             text_encoder={layer: self._updates[layer] for layer in ordered if layer.part != UNET},
             unsupported=self._unsupported,
             unknown_keys=tuple(sorted(self._unknown)),
-            repeated=tuple(self._repeated),
+            repeated=tuple(dict.fromkeys(self._repeated)),
         )
 
     def _read_layer(self, text: str, endings: Mapping[str, Ending | None]) -> bool:
@@ -215,7 +222,7 @@ class _Reader:
         if name.layer in self._updates or name.layer in self._unsupported:
             self._repeated.append(name.layer)
             return True
-        convention = next(filter(None, (ending.convention for ending in known.values())), "")
+        convention = _whole_convention(known)
         kept = {key: ending for key, ending in known.items() if ending.convention in ("", convention)}
         if len(kept) < len(known):  # its factors are there again under another convention's names
             self._repeated.append(name.layer)
@@ -267,16 +274,25 @@ class _Reader:
         return update
 
     def _alpha(self, key: str) -> float:
-        tensor = self._file.get_tensor(key)
-        if tensor.numel() != 1 or not math.isfinite(alpha := float(tensor.reshape(()).float())):
+        tensor = self._tensor(key)
+        if tensor is None or tensor.numel() != 1 or not math.isfinite(alpha := float(tensor.reshape(()))):
             raise EstLoraError(f"{quote(self._path)} is damaged: {quote(key)} isn't one finite number.")
         return alpha
 
     def _tensor(self, key: str) -> Tensor | None:
         """A tensor as it is in the file, or None where it is neither floats nor one number."""
+        if self._file.get_slice(key).get_dtype() not in _READABLE:
+            return None
         tensor: Tensor = self._file.get_tensor(key)
         if not tensor.is_floating_point():
             return tensor.float() if tensor.numel() == 1 else None
         if not is_finite(tensor):
             raise EstLoraError(f"{quote(self._path)} is damaged: {quote(key)} holds NaN or infinite values.")
         return tensor
+
+
+def _whole_convention(endings: Mapping[str, Ending]) -> str:
+    """The first convention that a layer has both factors in, else the first that it has any in; empty for none."""
+    conventions = list(dict.fromkeys(ending.convention for ending in endings.values() if ending.convention))
+    whole = (of for of in conventions if sum(ending.convention == of for ending in endings.values()) > 1)
+    return next(whole, conventions[0] if conventions else "")

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from est_lora.lora.relative import DoraUpdate, PromptedUpdate, RotationUpdate, ScalingUpdate
+from est_lora.lora.relative import DoraUpdate, PromptedUpdate, RelativeUpdate, RotationUpdate, ScalingUpdate
 from est_lora.lora.update import HadamardUpdate, KroneckerUpdate, LowRankUpdate, Product, ProductUpdate, Update
 
 Parts = Mapping[str, Tensor]
+# What may come with the tensors of any kind.
+_ADDED = {"diff_b", "lora_B.bias", "dora_scale", "lora_magnitude_vector"}
 
 
 @dataclass(frozen=True)
@@ -53,17 +55,18 @@ def build(kind: str, parts: Parts, scale: Scale) -> Update | None:
     if update is None:
         return None
     bias = parts.get("diff_b")
-    if "lora_B.bias" in parts and isinstance(update, LowRankUpdate):
+    if "lora_B.bias" in parts:
+        if not isinstance(update, LowRankUpdate):
+            return None
         bias = parts["lora_B.bias"].float() * update.scale
-    if "dora_scale" in parts:
-        update = _decomposed(update, parts["dora_scale"])
-    elif "lora_magnitude_vector" in parts:
-        update = _decomposed(update, parts["lora_magnitude_vector"].flatten())
+    magnitude = parts.get("dora_scale")
+    if "lora_magnitude_vector" in parts:
+        magnitude = parts["lora_magnitude_vector"].flatten()
+    if magnitude is not None:
+        if isinstance(update, RelativeUpdate):
+            return None
+        update = _decomposed(update, magnitude)
     return update if bias is None else _with_bias(update, bias)
-
-
-# What may come with the tensors of any kind.
-_ADDED = {"diff_b", "lora_B.bias", "dora_scale", "lora_magnitude_vector"}
 
 
 def _with_bias(update: Update, bias: Tensor) -> Update:
@@ -99,7 +102,7 @@ def _tucker(parts: Parts, scale: Scale) -> Update | None:
     factors = parts["down"], parts["up"]
     if any(factor.dim() not in (2, 4) or math.prod(factor.shape[2:]) != 1 for factor in factors):
         return None
-    product = _product(parts["up"].flatten(1).T, parts["down"].flatten(1), parts["lora_mid"])
+    product = _product(parts["up"].flatten(1), parts["down"].flatten(1), parts["lora_mid"])
     return None if product is None else ProductUpdate(product, scale(product.rank))
 
 
@@ -112,7 +115,7 @@ def _loha(parts: Parts, scale: Scale) -> Update | None:
     names = {f"hada_w{n}_{side}" for n in (1, 2) for side in "ab"}
     if parts.keys() - {"hada_t1", "hada_t2"} != names or ("hada_t1" in parts) != ("hada_t2" in parts):
         return None
-    first, second = (_product(parts[f"hada_w{n}_a"], parts[f"hada_w{n}_b"], parts.get(f"hada_t{n}")) for n in (1, 2))
+    first, second = (_lycoris(parts[f"hada_w{n}_a"], parts[f"hada_w{n}_b"], parts.get(f"hada_t{n}")) for n in (1, 2))
     if first is None or second is None or first.shape != second.shape:
         return None
     return HadamardUpdate(first, second, scale(first.rank))
@@ -131,8 +134,13 @@ def _half(parts: Parts, n: str) -> Product | None:
     if f"lokr_w{n}" in parts:
         return _product(parts[f"lokr_w{n}"])
     if f"lokr_w{n}_a" in parts and f"lokr_w{n}_b" in parts:
-        return _product(parts[f"lokr_w{n}_a"], parts[f"lokr_w{n}_b"], parts.get(f"lokr_t{n}"))
+        return _lycoris(parts[f"lokr_w{n}_a"], parts[f"lokr_w{n}_b"], parts.get(f"lokr_t{n}"))
     return None
+
+
+def _lycoris(left: Tensor, right: Tensor, core: Tensor | None) -> Product | None:
+    """A product as LyCORIS has it: with a core, its left factor is (rank, out)."""
+    return _product(left if core is None or left.dim() != 2 else left.T, right, core)
 
 
 def _product(left: Tensor, right: Tensor | None = None, core: Tensor | None = None) -> Product | None:
@@ -146,7 +154,7 @@ def _product(left: Tensor, right: Tensor | None = None, core: Tensor | None = No
         return Product(left, right)
     if core.dim() != 4:
         return None
-    _check_ranks(right.shape[0], left.shape[0])
+    _check_ranks(right.shape[0], left.shape[1])
     _check_ranks(core.shape[0], core.shape[1])
     _check_ranks(right.shape[0], core.shape[0])
     return Product(left, right, core)
@@ -176,20 +184,19 @@ def _oft(parts: Parts, scale: Scale) -> Update | None:
 def _glora(parts: Parts, scale: Scale) -> Update | None:
     if parts.keys() != {"a1", "a2", "b1", "b2"} or any(part.dim() not in (2, 4) for part in parts.values()):
         return None
-    prompt = _in_order(parts["a1"], parts["a2"])
-    addition = _in_order(parts["b1"], parts["b2"])
-    if prompt is None or addition is None or prompt[1].shape[0] != addition[1].shape[0]:
-        return None
-    a = Product(prompt[0].flatten(1), prompt[1].flatten(1))
-    b = LowRankUpdate(addition[1], addition[0], 1.0)
-    return PromptedUpdate(a, b, scale(b.rank)) if a.shape == (b.shape[1],) * 2 else None
-
-
-def _in_order(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(out, rank) and (rank, in): which of GLoRA's pairs is which has changed, and the rank is the small one."""
-    ranks = {pair[1].shape[0]: pair for pair in ((other, one), (one, other)) if pair[0].shape[1] == pair[1].shape[0]}
-    left, right = ranks[min(ranks)] if ranks else (one, other)
-    return (left, right) if ranks and math.prod(left.shape[2:]) == 1 else None
+    a1, a2, b1, b2 = (parts[name] for name in ("a1", "a2", "b1", "b2"))
+    read = []
+    for (a_left, a_right), (b_left, b_right) in (
+        ((a1, a2), (b1, b2)),
+        ((a2, a1), (b2, b1)),
+    ):  # which is which has changed
+        rank, inputs = b_right.shape[:2]
+        a = a_left.shape[1], a_right.shape[0], a_left.shape[0], a_right.shape[1]
+        kernels = (*a_left.shape[2:], *a_right.shape[2:], *b_left.shape[2:])
+        if a == (rank, rank, inputs, inputs) and b_left.shape[1] == rank and math.prod(kernels) == 1:
+            prompt = Product(a_left.flatten(1), a_right.flatten(1))
+            read.append(PromptedUpdate(prompt, LowRankUpdate(b_right, b_left, 1.0), scale(rank)))
+    return min(read, key=lambda update: update.rank, default=None)
 
 
 def _check_ranks(one: int, other: int) -> None:

@@ -29,6 +29,10 @@ class RelativeUpdate(Update):
     base: Weight | None = field(default=None, kw_only=True)
     base_shape: Shape = field(default=(), kw_only=True)
 
+    def applies_to(self, shape: Shape) -> bool:
+        """Whether it is an update of a layer whose weight has exactly this `shape`, its kernel not flattened."""
+        return self.fits(shape)
+
     def on(self, base: Weight, shape: Shape) -> RelativeUpdate:
         """The same update of the weight that `base` reads, which has `shape`."""
         return dataclasses.replace(self, base=base, base_shape=shape)
@@ -92,9 +96,13 @@ class DoraUpdate(RelativeUpdate):
         """The weight's; while it is unknown, that of the direction."""
         return self.base_shape or self.direction.shape
 
-    def fits(self, shape: Shape) -> bool:
-        """Whether the direction is an update of such a weight, and the magnitudes belong to its axis."""
-        return self.direction.fits(shape) and shape[int(self.on_input)] % len(self.magnitude) == 0
+    def fits_weight(self, shape: Shape) -> bool:
+        """Whether the direction is an update of such a weight."""
+        return self.direction.fits_weight(shape)
+
+    def applies_to(self, shape: Shape) -> bool:
+        """Whether there is also a magnitude for each of the axis."""
+        return self.fits(shape) and len(self.magnitude) == shape[int(self.on_input)]
 
     def change(self, weight: Tensor) -> Tensor:
         """`magnitude * (W + dW) / ||W + dW|| - W`, the norms over all but the axis that the magnitude runs along."""
@@ -117,9 +125,9 @@ class ScalingUpdate(RelativeUpdate):
     factors_of: Tensor
     on_input: bool
 
-    def fits(self, shape: Shape) -> bool:
+    def fits_weight(self, shape: Shape) -> bool:
         """Whether there is a factor for each of the axis."""
-        return len(shape) > 1 and len(self.factors_of) == shape[int(self.on_input)]
+        return len(self.factors_of) == shape[int(self.on_input)]
 
     def change(self, weight: Tensor) -> Tensor:
         """`W * factors`."""
@@ -145,9 +153,9 @@ class RotationUpdate(RelativeUpdate):
         """`oft` or `boft`."""
         return "oft" if self.blocks.dim() == 3 else "boft"
 
-    def fits(self, shape: Shape) -> bool:
+    def fits_weight(self, shape: Shape) -> bool:
         """Whether the blocks cover the outputs."""
-        return len(shape) > 1 and self.outputs == shape[0]
+        return self.outputs == shape[0]
 
     @property
     def outputs(self) -> int:
@@ -212,6 +220,10 @@ class PromptedUpdate(RelativeUpdate):
     def shape(self) -> Shape:
         """That of B."""
         return self.addition.shape
+
+    def applies_to(self, shape: Shape) -> bool:
+        """Whether A also is for the inputs."""
+        return self.fits(shape) and self.prompt.shape[0] == shape[1]
 
     def change(self, weight: Tensor) -> Tensor:
         """`(W A + B) * scale`."""

@@ -32,7 +32,9 @@ class PeftScaling:
         `rank` is None where the layer's tensors don't tell it.
         """
         rank = self._get(layer, "r") if rank is None else rank
-        alpha = self._get(layer, "lora_alpha") or self._get(layer, "alpha")  # LoHa's and LoKr's word for it
+        alpha = self._get(layer, "lora_alpha")
+        if alpha is None:
+            alpha = self._get(layer, "alpha")  # LoHa's and LoKr's word for it
         patterns = self._get(layer, "alpha_pattern")
         if isinstance(patterns, dict):
             # Regular expressions to PEFT; taken literally here, because nothing that was downloaded is run.
@@ -58,10 +60,16 @@ def _object(text: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _text_beside(path: Path) -> str:
+def config_beside(path: Path) -> Path | None:
+    """The `adapter_config.json` that belongs to the file at `path`, where PEFT saved it."""
     config = path.with_name(_ADAPTER_CONFIG)
+    return config if path.name == _ADAPTER_FILE and config.is_file() else None
+
+
+def _text_beside(path: Path) -> str:
+    config = config_beside(path)
     try:
-        if path.name != _ADAPTER_FILE or config.stat().st_size > _MOST_BYTES:
+        if config is None or config.stat().st_size > _MOST_BYTES:
             return ""
         return config.read_text(encoding="utf-8")
     except (OSError, ValueError):

@@ -11,6 +11,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from est_lora.errors import EstLoraError
+
 Shape = tuple[int, ...]
 _PIECE = 1 << 16
 
@@ -87,7 +89,11 @@ class Update(ABC):
         return float(entries @ entries)
 
     def fits(self, shape: Shape) -> bool:
-        """Whether `dW` is an update of a weight of `shape`, be its kernel flattened or not."""
+        """Whether this is an update of a layer whose weight has `shape`, be its kernel flattened or not."""
+        return len(shape) > 1 and self.fits_weight(shape) and (self.bias is None or len(self.bias) == shape[0])
+
+    def fits_weight(self, shape: Shape) -> bool:
+        """The same of `dW` alone."""
         mine = self.shape
         return mine == shape or (
             min(len(mine), len(shape)) == 2 and mine[0] == shape[0] and math.prod(mine[1:]) == math.prod(shape[1:])
@@ -133,7 +139,7 @@ class Product:
     """A matrix that a file keeps as it is, as two factors, or as a Tucker form: what the other kinds are made of.
 
     Attributes:
-        left: the matrix itself; or (out, rank); or, with a core, (rank, out).
+        left: the matrix itself; or (out, rank).
         right: (rank, in), or None.
         core: (rank, rank, kh, kw), or None.
     """
@@ -154,7 +160,7 @@ class Product:
             return weight_shape(*self.left.shape)
         if self.core is None:
             return (self.left.shape[0], self.right.shape[1])
-        return weight_shape(self.left.shape[1], self.right.shape[1], *self.core.shape[2:])
+        return weight_shape(self.left.shape[0], self.right.shape[1], *self.core.shape[2:])
 
     def dense(self) -> Tensor:
         """The matrix in float64, of `shape`."""
@@ -163,7 +169,7 @@ class Product:
             return left.reshape(self.shape)
         if self.core is None:
             return left @ self.right.double()
-        return torch.einsum("ijkl,io,jn->onkl", self.core.double(), left, self.right.double()).reshape(self.shape)
+        return torch.einsum("ijkl,oi,jn->onkl", self.core.double(), left, self.right.double()).reshape(self.shape)
 
     def halves(self) -> tuple[Tensor, Tensor] | None:
         """(out, rank) and (rank, in * kh * kw) in float32, whose product it is; None of a matrix kept whole."""
@@ -172,7 +178,7 @@ class Product:
         left, right = self.left.float(), self.right.float()
         if self.core is None:
             return left, right
-        return left.T, torch.einsum("ijkl,jn->inkl", self.core.float(), right).flatten(1)
+        return left, torch.einsum("ijkl,jn->inkl", self.core.float(), right).flatten(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,13 +275,13 @@ class KroneckerUpdate(Update):
     def factors(self) -> Factors | None:
         """`kron(a1 @ b1, a2 @ b2) = kron(a1, a2) @ kron(b1, b2)`; a small matrix kept whole is itself times one."""
         small, large = self.small.halves(), self.large.halves()
-        if small is None:
-            whole = self.small.left.float().reshape(self.small.shape)
-            small = whole, torch.eye(whole.shape[1])
-        if large is None or not _is_thin(len(small[1]) * len(large[1]), self.shape):
+        inner = self.small.shape[1] if small is None else len(small[1])
+        if large is None or not _is_thin(inner * len(large[1]), self.shape):
             return None
+        if small is None:
+            small = self.small.left.float().reshape(self.small.shape), torch.eye(inner)
         inputs = self.large.shape[1]
-        left = torch.kron(small[0], large[0].contiguous())
+        left = torch.einsum("ar,cs->acrs", small[0], large[0]).flatten(2).flatten(0, 1)
         # The kernel's entries vary fastest, after the inputs: the Kronecker product is over the inputs alone.
         right = torch.einsum("rb,sdk->rsbdk", small[1], large[1].reshape(len(large[1]), inputs, -1))
         return _factors(left, right.flatten(0, 1), self.shape, self.scale)
@@ -290,6 +296,15 @@ class KroneckerUpdate(Update):
 def weight_shape(out: int, inputs: int, *kernel: int) -> Shape:
     """(out, in), or (out, in, kh, kw) where the kernel is larger than 1 x 1."""
     return (out, inputs, *(kernel if math.prod(kernel) > 1 else ()))
+
+
+def misfit(who: str, layer: str, update: Update, shape: Shape) -> EstLoraError:
+    """The error that `who`'s update of `layer`, whose weight has `shape`, is for another model."""
+    mine = shape_text(update.shape) or f"of the kind {update.kind}, for another width"
+    return EstLoraError(
+        f"{who} doesn't fit this model: its update of {layer} is {mine}, the layer is {shape_text(shape)}; choose a LoRA"
+        " and a model of the same family."
+    )
 
 
 def shape_text(shape: Shape) -> str:
@@ -312,7 +327,12 @@ def _is_thin(rank: int, shape: Shape) -> bool:
 
 
 def _factors(left: Tensor, right: Tensor, shape: Shape, scale: float) -> Factors:
-    return Factors(left, right.reshape(len(right), *shape[1:]), scale)
+    """Factors of a product that a file doesn't have as such, their magnitudes balanced so that half precision holds."""
+    right = right.flatten(1)
+    norms = right.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    left, right = left * norms, right / norms[:, None]
+    peak = float(left.abs().amax()) or 1.0
+    return Factors(left / peak, right.reshape(len(right), *shape[1:]), scale * peak)
 
 
 def _in_float64(factor: Tensor) -> tuple[Tensor, float]:

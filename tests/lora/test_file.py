@@ -242,7 +242,7 @@ def test_nan_and_infinity_are_refused(tmp_path, value, dtype, which):
 
 def test_an_alpha_that_is_no_number_is_refused(tmp_path):
     lora = random_lora(1, alpha=float("nan"))
-    with pytest.raises(EstLoraError, match="isn't one finite number"):
+    with pytest.raises(EstLoraError, match="isn't one finite number|holds NaN or infinite"):
         LoraFile.load(write(tmp_path / "a.safetensors", lora))
 
 

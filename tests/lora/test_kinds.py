@@ -207,13 +207,70 @@ def test_what_is_added_to_a_kind_must_fit_it(tmp_path, case, key, says):
         load(tmp_path / "a.safetensors", LINEAR, saved)
 
 
-@pytest.mark.parametrize("case", ["ia3", "ia3-by-input", "oft", "boft"])
-def test_an_update_of_another_width_is_found_where_it_is_to_be_attached(tmp_path, case):
+@pytest.mark.parametrize("case", LYCORIS)
+def test_an_update_of_another_width_is_refused_on_a_model(tmp_path, case):
     saved = by_lycoris(case, nn.Linear(16, 16)).saved
-    file = load(tmp_path / "a.safetensors", LINEAR, saved)
-    (update,) = file.updates.values()
-    assert update.needs_model
-    assert not update.fits((32, 24))
+    with pytest.raises(
+        EstLoraError, match=f"'a.safetensors' doesn't fit this model: its update of {LINEAR} is .*32 x 24"
+    ):
+        load(tmp_path / "a.safetensors", LINEAR, saved)
+
+
+@pytest.mark.parametrize(
+    ("case", "key", "shape"),
+    [
+        ("dora-by-input", "dora_scale", (1, 12)),
+        ("dora-by-input", "dora_scale", (1, 1)),
+        ("oft", "diff_b", (5,)),
+        ("oft", "diff_b", (1,)),
+        ("ia3", "diff_b", (1,)),
+    ],
+)
+def test_what_comes_with_an_update_must_fit_the_layer_too(tmp_path, case, key, shape):
+    saved = by_lycoris(case, LAYERS[LINEAR]).saved | {key: torch.ones(shape)}
+    with pytest.raises(EstLoraError, match="doesn't fit this model|is damaged"):
+        load(tmp_path / "a.safetensors", LINEAR, saved)
+
+
+def test_a_flattened_kernel_of_glora_is_not_understood(tmp_path):
+    saved = by_lycoris("glora", LAYERS[CONV]).saved
+    flat = {key: tensor.flatten(1) if tensor.dim() else tensor for key, tensor in saved.items()}
+    file = load(tmp_path / "a.safetensors", CONV, flat, on_model=False)
+    assert file.updates == {}
+    assert len(file.unknown_keys) == len(saved)
+
+
+@pytest.mark.parametrize("case", ["lora", "tucker", "loha", "loha-tucker", "lokr", "lokr-tucker", "dora", "glora"])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_ranks_from_one_up(tmp_path, case, rank):
+    narrow = nn.Conv2d(4, 64, 3)  # like a UNet's first layer: fewer inputs than a usual rank
+    for name, layer in ((CONV, LAYERS[CONV]), (LINEAR, LAYERS[LINEAR]), (CONV, narrow)):
+        for wide in (rank, 6):
+            changed = by_lycoris(case, layer, rank=wide)
+            stem = "lora_unet_" + name.replace(".", "_")
+            save_file({f"{stem}.{key}": t for key, t in changed.saved.items()}, tmp_path / "a.safetensors")
+            file = LoraFile.load(tmp_path / "a.safetensors").on("unet", {name: original_weight(layer)}.get)
+            (update,) = file.updates.values()
+            expected = changed.weight - layer.weight.detach().double()
+            assert (update.dense().reshape(expected.shape) - expected).norm() < 2e-5 * (changed.weight.norm())
+            if factors := update.factors():
+                product = factors.up.double().flatten(1) @ factors.down.double().flatten(1) * factors.scale
+                assert (product.reshape(expected.shape) - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_factors_that_were_made_hold_in_half_precision(tmp_path):
+    """LyCORIS begins with factors of very different magnitude; their products are balanced before they are rounded."""
+    torch.manual_seed(0)
+    layer = nn.Linear(640, 640, bias=False)
+    sides = {"hada_w1_a": (640, 8), "hada_w1_b": (8, 640), "hada_w2_a": (640, 8), "hada_w2_b": (8, 640)}
+    saved = {key: torch.randn(shape) * (1e-5 if key == "hada_w2_a" else 1.0) for key, shape in sides.items()}
+    (update,) = load(tmp_path / "a.safetensors", LINEAR, saved, on_model=False).updates.values()
+    up, down, scale = update.factors()
+    x = torch.randn(16, 640) * 300
+    got = ((x.half() @ down.half().T) * scale) @ up.half().T
+    wanted = x.double() @ update.dense().T
+    assert (got.double() - wanted).norm() < 2e-3 * wanted.norm()
+    assert layer.weight.shape == update.shape
 
 
 def test_glora_of_either_age(tmp_path):
