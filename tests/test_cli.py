@@ -340,6 +340,8 @@ def test_a_bad_knob_costs_one_sentence(pair, run, tmp_path, flags, says):
         (["--size", "100"], "--size can't be '100'"),
         (["--size", "64x"], "--size can't be '64x'"),
         (["--device", "abacus"], "device 'abacus' can't be used"),
+        (["--device", "privateuseone"], "device 'privateuseone' can't be used"),
+        (["--device", "meta"], "device 'meta' can't be used"),
         (["--dtype", "float8"], "--dtype can't be 'float8'"),
         (["-o", "subject.safetensors"], "that is a file"),
         ([], "There is no "),

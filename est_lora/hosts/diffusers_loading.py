@@ -30,7 +30,7 @@ _PLAIN: dict[str, Any] = {
 }
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
-    "ddpm": ("DDPMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {"variance_type": "fixed_small"}),
     "deis": ("DEISMultistepScheduler", {"algorithm_type": "deis"}),
     "dpm++2m": ("DPMSolverMultistepScheduler", {}),
     "dpm++2m-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
@@ -42,7 +42,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "kdpm2": ("KDPM2DiscreteScheduler", {}),
     "kdpm2-a": ("KDPM2AncestralDiscreteScheduler", {}),
     "lcm": ("LCMScheduler", {}),
-    "pndm": ("PNDMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
 # What AUTOMATIC1111's WebUI calls diffusers' schedulers, and spacings of the noise levels.
@@ -77,8 +77,8 @@ def device_and_dtype(device: str | None, dtype: str | None) -> tuple[str, torch.
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError, AttributeError) as error:
         raise EstLoraError(f"The device {quote(device)} can't be used here; cpu always can.") from error
     if dtype is None:
         dtype = "float16" if device.startswith("cuda") else "float32"
@@ -157,7 +157,7 @@ def set_scheduler(pipe: Any, name: str) -> None:
     try:
         scheduler = getattr(diffusers, kind).from_config({**own, **_PLAIN, **options})
         _try_out(scheduler)
-    except (ValueError, NotImplementedError, ImportError) as error:
+    except (ValueError, NotImplementedError, ImportError, TypeError, IndexError, AssertionError) as error:
         raise EstLoraError(
             f"The scheduler {quote(name)} can't run this model, which has {own.prediction_type} prediction; try ddim or"
             f" dpm++2m. It says: {reason(error)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from est_lora.hosts import pictures
 from est_lora.hosts.checkpoint import load_checkpoint
 from est_lora.hosts.diffusers import fuse, load_plan
 from est_lora.hosts.diffusers_loading import device_and_dtype, load_pipeline, sampler_names, set_scheduler
+from est_lora.lora.scaling import config_beside
 from est_lora.text import infotext
 
 _BLOCK = 1 << 20
@@ -78,7 +80,8 @@ def generate(request: Request) -> Iterator[Output]:
     width, height = request.size or _size_of(pipe)
     sampler, schedule = sampler_names(pipe.scheduler)
     loras = [Path(path) for path in request.fusion.pair()]
-    sums = {path: _sha256(path) for path in [*loras, *_files_of(request)]}
+    settings = filter(None, map(config_beside, loras))
+    sums = {path: _sha256(path) for path in [*loras, *settings, *_files_of(request)]}
     values = {
         "Steps": request.steps,
         "Sampler": sampler,
@@ -177,4 +180,9 @@ def _files_of(request: Request) -> list[Path]:
 
 
 def _files_in(folder: Path, endings: tuple[str, ...]) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix in endings and path.is_file())
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(place))
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(place, name)) not in seen]
+        found += [path for name in names if (path := Path(place, name)).suffix in endings and path.is_file()]
+    return sorted(found)

@@ -6,14 +6,16 @@ import itertools
 import math
 import os
 import re
+import uuid
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-_NAME = re.compile(r"(\d{1,9})-(\d{1,20})\.png", re.ASCII)
+_NAME = re.compile(r"(\d{1,8})-(\d{1,20})\.png", re.ASCII)
 _INFOTEXT = "parameters"
 _MOST_ON_A_SHEET = 256
 _SIDE, _LABEL, _GAP = 192, 16, 6
@@ -27,10 +29,19 @@ def find(folder: Path, seed: int, infotext: str) -> Path | None:
 def save(picture: Image.Image, folder: Path, seed: int, infotext: str) -> Path:
     """Writes a picture with its infotext under the next free number."""
     folder.mkdir(parents=True, exist_ok=True)
-    last = max((_number(path) for path, _ in _numbered(folder)), default=-1)
-    path = folder / f"{last + 1:05d}-{seed}.png"
-    _write(picture, path, infotext)
-    return path
+    number = 1 + max((_number(path) for path, _ in _numbered(folder)), default=-1)
+    with _unfinished(picture, folder, infotext) as unfinished:
+        while True:
+            path = folder / f"{number:05d}-{seed}.png"
+            try:
+                os.link(unfinished, path)
+            except FileExistsError:  # another process took the number
+                number += 1
+            except OSError:  # a file system without links
+                os.replace(unfinished, path)
+                return path
+            else:
+                return path
 
 
 def contact_sheets(paths: Sequence[Path]) -> Iterator[Path]:
@@ -45,7 +56,8 @@ def contact_sheets(paths: Sequence[Path]) -> Iterator[Path]:
         if any(after != before + 1 for before, after in itertools.pairwise(numbers)):
             name += f"-{zlib.crc32(repr(numbers).encode()):08x}"  # other pictures may lie between the same two
         sheet = part[0].with_name(f"{name}.png")
-        _write(_sheet(part), sheet)
+        with _unfinished(_sheet(part), sheet.parent) as unfinished:
+            os.replace(unfinished, sheet)
         yield sheet
 
 
@@ -83,19 +95,20 @@ def _infotext(path: Path) -> str | None:
         with Image.open(path, formats=["PNG"]) as picture:
             picture.load()
             text = picture.info.get(_INFOTEXT)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Exception:  # noqa: BLE001 - whatever Pillow says of it, it is no picture of ours
         return None
     return str(text) if text is not None else None
 
 
-def _write(picture: Image.Image, path: Path, infotext: str | None = None) -> None:
-    """Writes a PNG that is there as a whole or not at all."""
+@contextmanager
+def _unfinished(picture: Image.Image, folder: Path, infotext: str | None = None) -> Iterator[Path]:
+    """A whole PNG under a name that nothing else has; it is gone afterwards."""
     info = PngInfo()
     if infotext is not None:
         info.add_text(_INFOTEXT, infotext)
-    unfinished = path.with_name(f".{path.name}.part")
+    path = folder / f".{uuid.uuid4().hex}.part"
     try:
-        picture.save(unfinished, format="PNG", pnginfo=info)
-        os.replace(unfinished, path)
+        picture.save(path, format="PNG", pnginfo=info)
+        yield path
     finally:
-        unfinished.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)

@@ -13,11 +13,11 @@ import numpy as np
 import peft
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from est_lora.config import FusionConfig
 from est_lora.errors import EstLoraError
-from est_lora.fusion import FusionSession
+from est_lora.fusion import FusionSession, original_weight
 from est_lora.gate import FusionPlan
 from est_lora.hosts.diffusers import fuse, load_plan
 from est_lora.lora import LoraFile, ModelFile
@@ -183,6 +183,54 @@ def test_a_users_merged_adapter_is_taken_out_of_the_weight_that_an_update_depend
         pipe.unload_lora_weights()
     np.testing.assert_allclose(fused, expected, rtol=1e-3)
     assert len(expected) == len(changed)
+
+
+@pytest.mark.parametrize("kind", ["dora", "oft", "boft", "ia3"])
+def test_a_merged_adapter_that_cannot_be_taken_out_leaves_no_original(kind):
+    configs = {
+        "dora": peft.LoraConfig(use_dora=True, target_modules=["0"], init_lora_weights=False),
+        "oft": peft.OFTConfig(oft_block_size=4, target_modules=["0"], init_weights=False),
+        "boft": peft.BOFTConfig(boft_block_size=4, target_modules=["0"], init_weights=False),
+        "ia3": peft.IA3Config(target_modules=["0"], feedforward_modules=[], init_ia3_weights=False),
+    }
+    model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), configs[kind])
+    (layer,) = model.base_model.model
+    plain = layer.base_layer.weight.detach().clone()
+    assert torch.equal(original_weight(layer)[0](), plain)
+    model.merge_adapter()
+    assert not torch.equal(layer.base_layer.weight, plain)
+    assert original_weight(layer) is None
+
+
+def test_layers_that_are_neither_linear_nor_convolutions_are_left_out(tmp_path):
+    pipe = stable_diffusion()
+    path, changed = made(pipe, "kohya", "lora", tmp_path)
+    tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
+    norm, embedding = "lora_unet_mid_block_attentions_0_norm", "lora_te_text_model_embeddings_token_embedding"
+    tensors |= {f"{norm}.weight": torch.ones(64), f"{norm}.on_input": torch.tensor(0)}
+    tensors |= {f"{embedding}.lora_down.weight": torch.ones(1, 200), f"{embedding}.lora_up.weight": torch.ones(32, 1)}
+    save_file(tensors, path)
+    with fuse(pipe, path, path, method="subject") as session:
+        assert len(session._layers) == len(changed)
+        assert "need the model's own weights" in session.remarks[0]
+        assert "mid_block.attentions.0.norm" in session.remarks[0]
+        picture(pipe)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    pipe = stable_diffusion()
+    path, _ = made(pipe, "kohya", "dora", tmp_path)
+    dict(pipe.unet.named_modules())[ATTENTION[0]].weight.data.fill_(float("nan"))
+    with pytest.raises(EstLoraError, match=f"with the model's own weight its update of {ATTENTION[0]} isn't finite"):
+        load_plan(FusionConfig(subject=path, style=path), pipe)
+
+
+def test_a_file_that_nothing_can_be_read_for_is_refused_as_such(tmp_path):
+    pipe = stable_diffusion()
+    path, _ = made(pipe, "kohya", "oft", tmp_path)
+    pipe.unet.to("meta")
+    with pytest.raises(EstLoraError, match="only layers that need the model's own weights"):
+        load_plan(FusionConfig(subject=path, style=path), pipe)
 
 
 def test_a_model_on_disk_gives_the_same_plan(pipe, tmp_path):

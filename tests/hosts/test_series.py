@@ -195,7 +195,7 @@ def test_every_scheduler_has_its_samplers_name():
         "kdpm2": "DPM2",
         "kdpm2-a": "DPM2 a",
         "lcm": "LCM",
-        "pndm": "PNDMScheduler",  # with its Runge-Kutta steps; PLMS is without
+        "pndm": "PLMS",
         "unipc": "UniPC",
     }
 
@@ -354,6 +354,45 @@ def test_other_files_of_the_same_name_are_drawn(generate, edit, path):
     generate()
     edit(path)
     assert generate()[1] == ["00001-0.png"]
+
+
+def test_settings_beside_a_lora_count(generate):
+    folder = Path("peft")
+    folder.mkdir()
+    shutil.copy("subject.safetensors", folder / "adapter_model.safetensors")
+    for alpha in (8, 32):
+        (folder / "adapter_config.json").write_text(f'{{"r": 4, "lora_alpha": {alpha}}}')
+        assert generate("--subject", folder / "adapter_model.safetensors")[0] == 0
+    assert len(content()) == 2
+
+
+def test_a_linked_part_of_the_model_counts(generate):
+    shutil.move("model/unet", "unet-1")
+    shutil.copytree("unet-1", "unet-2")
+    edit_weights(Path("unet-2/diffusion_pytorch_model.safetensors"))
+    os.symlink("..", "model/loop")
+    for unet in ("unet-1", "unet-2"):
+        Path("model/unet").unlink(missing_ok=True)
+        os.symlink(Path(unet).resolve(), "model/unet")
+        assert generate()[0] == 0
+    assert len(content()) == 2
+
+
+@pytest.mark.parametrize("taken", ["00000-5.png", "00000-6.png", "999999999-5.png"])
+def test_no_picture_of_another_process_is_overwritten(tmp_path, monkeypatch, taken):
+    numbered = pictures._numbered
+
+    def listed(folder):
+        there = list(numbered(folder))
+        if not (folder / taken).exists():  # the other process writes after this one has looked
+            (folder / taken).write_bytes(b"other")
+        return iter(there)
+
+    monkeypatch.setattr(pictures, "_numbered", listed)
+    saved = [pictures.save(Image.new("RGB", (8, 8)), tmp_path, 5, "x") for _ in range(2)]
+    assert (tmp_path / taken).read_bytes() == b"other"
+    assert len({*saved, tmp_path / taken}) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({taken, *(path.name for path in saved)})
 
 
 def test_a_damaged_or_foreign_picture_is_no_picture(generate):

@@ -105,6 +105,11 @@ def test_thousands_of_unknown_tensors_are_counted_not_recited(tmp_path):
     assert len(remark) < 500
 
 
+def test_alpha_zero_of_peft_is_zero(tmp_path):
+    lora = random_lora(1, rank=4, alpha=None)
+    assert {update.scale for update in _load(tmp_path, lora, {"unet.lora_alpha": 0}).updates.values()} == {0.0}
+
+
 def test_metadata_that_lies_changes_nothing(tmp_path):
     lies = {
         "ss_network_dim": "999",
