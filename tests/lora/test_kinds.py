@@ -11,7 +11,7 @@ from est_lora.config import FusionConfig
 from est_lora.errors import EstLoraError
 from est_lora.fusion import FusionSession, original_weight
 from est_lora.gate import FusionPlan
-from est_lora.lora import LayerId, LoraFile
+from est_lora.lora import LayerId, LoraFile, LowRankUpdate
 from tests.files import ATTENTION_LAYERS, CONV, random_lora, write
 
 pytest.importorskip("lycoris.modules", reason="no lycoris-lora to hold the kinds against")
@@ -256,6 +256,18 @@ def test_ranks_from_one_up(tmp_path, case, rank):
             if factors := update.factors():
                 product = factors.up.double().flatten(1) @ factors.down.double().flatten(1) * factors.scale
                 assert (product.reshape(expected.shape) - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e-6, 1.0, 1e12])
+@pytest.mark.parametrize("left_over", [1.0, 1e-3, 1e-6])
+def test_the_energy_keeps_its_digits_where_columns_cancel(size, left_over):
+    generator = torch.Generator().manual_seed(7)
+    up, down = torch.randn(640, 4, generator=generator), torch.randn(4, 1280, generator=generator)
+    up[:, 2:] = up[:, :2] * (1 + left_over * torch.randn(640, 2, generator=generator))
+    down[2:] = -down[:2]
+    update = LowRankUpdate(up * size, down, 0.5)
+    product = (up * size).double() @ down.double() * 0.5
+    assert update.energy == pytest.approx(float(product.square().sum()), rel=1e-6)
 
 
 def test_factors_that_were_made_hold_in_half_precision(tmp_path):
