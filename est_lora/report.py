@@ -74,7 +74,7 @@ def table(plan: FusionPlan) -> str:
         f"method {config.method} - balance {balance} - style pressure {_pressure(plan)}",
         coverage(plan),
         summary(plan),
-        *plan.remarks[len(plan.subject.remarks) + len(plan.style.remarks) :],
+        *plan.pair_remarks,
         "",
         *_columns([("layer", "E subject", "E style", "rho", "who acts"), *map(_row, plan.layers)]),
     ]

@@ -127,8 +127,13 @@ class FusionPlan:
 
     @property
     def remarks(self) -> list[str]:
-        """What a user should know of the files: one sentence each."""
-        said = [*self.subject.remarks, *self.style.remarks]
+        """What a user should know: of the files, then of the pair, one sentence each."""
+        return [*self.subject.remarks, *self.style.remarks, *self.pair_remarks]
+
+    @property
+    def pair_remarks(self) -> list[str]:
+        """What a user should know of the plan itself."""
+        said = []
         if waiting := sum(layer.needs_model for layer in self.layers):
             said.append(
                 f"{waiting} of {len(self.layers)} layers depend on the model's own weights: give the model (--model) to"

@@ -19,10 +19,10 @@ from est_lora.hosts import pictures
 from est_lora.hosts.checkpoint import load_checkpoint
 from est_lora.hosts.diffusers import fuse, load_plan
 from est_lora.hosts.diffusers_loading import device_and_dtype, load_pipeline, sampler_names, set_scheduler
+from est_lora.lora.reading import sha256
 from est_lora.lora.scaling import config_beside
 from est_lora.text import infotext
 
-_BLOCK = 1 << 20
 _CONFIGURATIONS = (".json", ".txt")  # also of schedulers and tokenizers
 
 
@@ -81,7 +81,7 @@ def generate(request: Request) -> Iterator[Output]:
     sampler, schedule = sampler_names(pipe.scheduler)
     loras = [Path(path) for path in request.fusion.pair()]
     settings = filter(None, map(config_beside, loras))
-    sums = {path: _sha256(path) for path in [*loras, *settings, *_files_of(request)]}
+    sums = {path: sha256(path) for path in [*loras, *settings, *_files_of(request)]}
     values = {
         "Steps": request.steps,
         "Sampler": sampler,
@@ -94,7 +94,7 @@ def generate(request: Request) -> Iterator[Output]:
         **infotext.fusion(request.fusion),
         "EST-LoRA dtype": str(dtype).removeprefix("torch."),
         "EST-LoRA fingerprint": _fingerprint(sums.values(), pipe.scheduler),
-        "Lora hashes": infotext.lora_hashes((path.stem, _sha256(path, header=False)[:12]) for path in loras),
+        "Lora hashes": infotext.lora_hashes((path.stem, sha256(path, header=False)[:12]) for path in loras),
         "Version": f"est-lora {__version__}",
     }
     made: list[Path] = []
@@ -152,17 +152,6 @@ def _size_of(pipe: Any) -> tuple[int, int]:
 
 def _name_of(model: Path) -> str:
     return model.stem if model.is_file() else model.resolve().name
-
-
-def _sha256(path: Path, *, header: bool = True) -> str:
-    """SHA-256 of a safetensors file in hex; without its header, as WebUIs tell LoRAs apart."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        if not header:
-            stream.seek(8 + int.from_bytes(stream.read(8), "little"))
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _fingerprint(sums: Iterable[str], scheduler: Any) -> str:

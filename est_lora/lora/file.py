@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import re
 from collections import Counter
@@ -19,7 +18,7 @@ from est_lora.errors import EstLoraError, quote
 from est_lora.lora.keys import ALPHA, Ending, split
 from est_lora.lora.kinds import KINDS, Scale, build
 from est_lora.lora.names import UNET, LayerId, UNetLayout, read_name
-from est_lora.lora.reading import opened
+from est_lora.lora.reading import opened, sha256
 from est_lora.lora.relative import RelativeUpdate, Weight
 from est_lora.lora.scaling import PeftScaling
 from est_lora.lora.update import Shape, Update, is_finite, misfit, shape_text
@@ -87,16 +86,14 @@ class LoraFile:
         unreadable = dict(self.unreadable)
         for layer, update in (*self.updates.items(), *self.text_encoder.items()):
             weight = weight_of(layer.name) if layer.part == part else None
-            if isinstance(update, RelativeUpdate) and layer.part == part:
-                if weight is None:
-                    unreadable[layer] = update.kind
-                    continue
-                if update.applies_to(weight[1]):
-                    found[layer] = update.on(*weight)
-                    continue
-            if weight is not None and (isinstance(update, RelativeUpdate) or not update.fits(weight[1])):
+            if weight is not None and not update.applies_to(weight[1]):
                 raise misfit(quote(self.path.name), layer.name, update, weight[1])
-            found[layer] = update
+            if layer.part != part or not isinstance(update, RelativeUpdate):
+                found[layer] = update
+            elif weight is not None:
+                found[layer] = update.on(*weight)
+            else:
+                unreadable[layer] = update.kind
         return dataclasses.replace(
             self,
             updates={layer: update for layer, update in found.items() if layer.part == UNET},
@@ -107,11 +104,7 @@ class LoraFile:
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of the whole file, in hex."""
-        digest = hashlib.sha256()
-        with self.path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
+        return sha256(self.path)
 
     @property
     def kinds(self) -> dict[str, int]:

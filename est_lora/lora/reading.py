@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from est_lora.errors import EstLoraError, nearest, quote
+
+_BLOCK = 1 << 20
 
 
 @contextmanager
@@ -27,6 +30,17 @@ def opened(path: Path, what: str) -> Iterator[Any]:
         raise EstLoraError(_why_unreadable(path, error)) from error
     except OSError as error:
         raise EstLoraError(f"{quote(path)} can't be read: {error.strerror or error}.") from error
+
+
+def sha256(path: Path, *, header: bool = True) -> str:
+    """SHA-256 of a safetensors file in hex; without its header, as WebUIs tell LoRAs apart."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        if not header:
+            stream.seek(8 + int.from_bytes(stream.read(8), "little"))
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _check_is_file(path: Path, what: str) -> None:

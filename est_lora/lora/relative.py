@@ -29,10 +29,6 @@ class RelativeUpdate(Update):
     base: Weight | None = field(default=None, kw_only=True)
     base_shape: Shape = field(default=(), kw_only=True)
 
-    def applies_to(self, shape: Shape) -> bool:
-        """Whether it is an update of a layer whose weight has exactly this `shape`, its kernel not flattened."""
-        return self.fits(shape)
-
     def on(self, base: Weight, shape: Shape) -> RelativeUpdate:
         """The same update of the weight that `base` reads, which has `shape`."""
         return dataclasses.replace(self, base=base, base_shape=shape)

@@ -101,6 +101,10 @@ class Update(ABC):
         """Whether this is an update of a layer whose weight has `shape`, be its kernel flattened or not."""
         return len(shape) > 1 and self.fits_weight(shape) and (self.bias is None or len(self.bias) == shape[0])
 
+    def applies_to(self, shape: Shape) -> bool:
+        """The same where `shape` is that of the layer itself, its kernel not flattened."""
+        return self.fits(shape)
+
     def fits_weight(self, shape: Shape) -> bool:
         """The same of `dW` alone."""
         mine = self.shape
