@@ -124,14 +124,14 @@ def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
 def _add_knobs(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("knobs of the fusion")
     for field in FIELDS:
-        if field.key not in _FILES:
+        if field.key not in _FILES and not field.webui:
             explained = f"{field.help} ({field.range}; default {field.default})".replace("%", "%%")
             metavar = "WORD" if field.choices else "X"
             group.add_argument(field.flag, dest=field.key, default=None, metavar=metavar, help=explained)
 
 
 def _config(args: argparse.Namespace) -> FusionConfig:
-    given = {field.key: getattr(args, field.key) for field in FIELDS}
+    given = {field.key: getattr(args, field.key) for field in FIELDS if not field.webui}
     return FusionConfig.of({key: value for key, value in given.items() if value is not None})
 
 

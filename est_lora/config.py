@@ -16,6 +16,7 @@ from typing import Any
 from est_lora.errors import EstLoraError, nearest, quote
 
 AUTO = "auto"
+_SWITCH = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,13 @@ class Field:
 
     Attributes:
         key: its name in Python, in the JSON, and (with dashes) on the command line.
-        type: `str` or `float`.
+        type: `str`, `float` or `bool`.
         default: the value when nobody says otherwise.
         help: one sentence for the user.
         choices: the words it may take; empty where any text or number is allowed.
         low, high: bounds of a number, inclusive; `above_low`: the lower bound itself is excluded.
         auto: a number that may also be the word `auto`.
+        webui: whether only a WebUI has a use for it.
     """
 
     key: str
@@ -41,6 +43,12 @@ class Field:
     high: float = math.inf
     above_low: bool = False
     auto: bool = False
+    webui: bool = False
+
+    @property
+    def label(self) -> str:
+        """Its name where people read it."""
+        return self.key.replace("_", " ").capitalize()
 
     @property
     def flag(self) -> str:
@@ -57,6 +65,8 @@ class Field:
         """What may be given, in words."""
         if self.choices:
             return ", ".join(self.choices)
+        if self.type is bool:
+            return "true, false"
         if self.type is str:
             return "a LoRA file"
         return f"{AUTO}, {self._bounds}" if self.auto else self._bounds
@@ -77,6 +87,8 @@ class Field:
             raise EstLoraError(f"{self.key} can't be {quote(value)}: it is one of {self.range}.")
         if self.type is str:
             return self._parse_name(value)
+        if self.type is bool:
+            return self._parse_switch(value)
         if self.auto and isinstance(value, str) and value == AUTO:
             return AUTO
         return self._parse_number(value)
@@ -87,6 +99,12 @@ class Field:
         if isinstance(value, (str, os.PathLike)) and os.fspath(value):
             return str(os.fspath(value))
         raise EstLoraError(f"{self.key} can't be {quote(value)}: it is {self.range}.")
+
+    def _parse_switch(self, value: object) -> bool:
+        word = str(value).casefold() if isinstance(value, (bool, int, str)) else ""
+        if word in _SWITCH:
+            return _SWITCH[word]
+        raise EstLoraError(f"{self.key} can't be {quote(value)}: it is {' or '.join(self.range.split(', '))}.")
 
     def _parse_number(self, value: object) -> float:
         try:
@@ -111,6 +129,7 @@ class FusionConfig:
         EstLoraError: a value is of the wrong type, unknown or out of range.
     """
 
+    enabled: bool = _knob(True, "off: the picture is made without fusion", webui=True)
     subject: str | None = _knob(None, "the LoRA of the subject: a character, a person, an object", type=str)
     style: str | None = _knob(None, "the LoRA of the style", type=str)
     subject_weight: float = _knob(1.0, "strength of the subject's update; doesn't move the gate", low=-2, high=2)
@@ -140,6 +159,12 @@ class FusionConfig:
     other: str = _knob("sum", "what happens to layers the gate doesn't decide (est, k-lora)", choices=("sum", "off"))
     subject_te: float = _knob(1.0, "strength of the subject file's text-encoder part", low=-2, high=2)
     style_te: float = _knob(1.0, "strength of the style file's text-encoder part", low=-2, high=2)
+    hires: str = _knob(
+        "same",
+        "what the second pass of a hires fix does: the same, one file alone, or no fusion",
+        choices=("same", "subject", "style", "off"),
+        webui=True,
+    )
     engine: str = _knob(
         "auto", "how updates are applied; never changes the picture beyond rounding", choices=("auto", "branch")
     )
@@ -176,7 +201,7 @@ class FusionConfig:
 
 def _field(declared: dataclasses.Field[Any]) -> Field:
     limits = dict(declared.metadata)
-    kind = str if "choices" in limits else limits.pop("type", float)
+    kind = str if "choices" in limits else limits.pop("type", bool if isinstance(declared.default, bool) else float)
     return Field(key=declared.name, type=kind, default=declared.default, **limits)
 
 

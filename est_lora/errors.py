@@ -34,4 +34,7 @@ def reason(error: Exception) -> str:
 def nearest(asked: str, there: Iterable[str], most: int = 3) -> list[str]:
     """The names in `there` that look most like `asked`, best first, compared without regard to case."""
     by_folded = {name.casefold(): name for name in there}
-    return [by_folded[name] for name in difflib.get_close_matches(asked.casefold(), by_folded, n=most, cutoff=0.4)]
+    return [
+        by_folded[name]
+        for name in difflib.get_close_matches(asked[:_LONGEST_QUOTE].casefold(), by_folded, n=most, cutoff=0.4)
+    ]

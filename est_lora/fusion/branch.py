@@ -66,7 +66,11 @@ class _Cast(NamedTuple):
 
 
 class BranchLayer:
-    """The hook on one module: adds the terms that act now."""
+    """The hook on one module: adds the terms that act now.
+
+    Attributes:
+        ran: whether it was ever called; a compiled model may pass hooks by.
+    """
 
     def __init__(self, plan: LayerPlan, module: nn.Module, subject_weight: float, style_weight: float) -> None:
         """Prepares both updates of `plan` for `module`.
@@ -91,6 +95,7 @@ class BranchLayer:
             self._terms[acts] = (Term(update, weight, inner),)
         self._terms[BOTH] = tuple(term for terms in self._terms.values() for term in terms)
         self._active: tuple[Term, ...] = ()
+        self.ran = False
 
     def activate(self, acts: str) -> None:
         """From now on `acts` (subject, style, both, none) is added."""
@@ -102,6 +107,7 @@ class BranchLayer:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """The forward hook."""
+        self.ran = True
         for term in self._active:
             output = output + term(args[0]).to(output.dtype)
         return output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     return named
 
 
-def find(modules: dict[str, nn.Module], name: str) -> nn.Module | None:
+def find(modules: Mapping[str, nn.Module], name: str) -> nn.Module | None:
     """The module that a layer's name means, or None."""
     return modules.get(name) or modules.get(name.removeprefix(_TEXT_MODEL))
 

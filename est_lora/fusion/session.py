@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 import torch
@@ -28,9 +28,19 @@ class FusionSession:
     (however it ends), and when the session is garbage-collected.
     """
 
-    def __init__(self, model: nn.Module, plan: FusionPlan, part: str = UNET) -> None:
-        """`model` is the `part` of a pipeline that layers belong to; its modules have the names diffusers gives them."""
+    def __init__(
+        self, model: nn.Module, plan: FusionPlan, part: str = UNET, modules: Mapping[str, nn.Module] | None = None
+    ) -> None:
+        """Prepares nothing yet.
+
+        Args:
+            model: the `part` of a pipeline that layers belong to.
+            plan: what every layer does.
+            part: `unet`, `text_encoder` or `text_encoder_2`.
+            modules: the modules of `model` by diffusers' names, where it has others itself.
+        """
         self.model = model
+        self._modules = modules
         self.plan = plan
         self.part = part
         self.tau: float | None = None
@@ -46,6 +56,11 @@ class FusionSession:
         if self._release is None or not self._release.alive:
             return False
         return all(layer.hangs_on(module) for layer, _, module in self._layers[:1])
+
+    @property
+    def ran(self) -> bool:
+        """Whether any layer was called since `attach`."""
+        return any(layer.ran for layer, _, _ in self._layers)
 
     @property
     def remarks(self) -> list[str]:
@@ -116,7 +131,7 @@ class FusionSession:
         self.detach()
 
     def _matched(self) -> list[tuple[BranchLayer, LayerPlan, nn.Module]]:
-        modules = modules_of(self.model)
+        modules = modules_of(self.model) if self._modules is None else self._modules
         config = self.plan.config
         if self.part == UNET:
             layers, strengths = self.plan.layers, (config.subject_weight, config.style_weight)
@@ -148,7 +163,7 @@ class FusionSession:
         return matched
 
 
-def _is_fused_away(name: str, modules: dict[str, nn.Module]) -> bool:
+def _is_fused_away(name: str, modules: Mapping[str, nn.Module]) -> bool:
     """Whether diffusers calls another module, of q, k and v in one, in place of this projection."""
     parent, _, leaf = name.rpartition(".")
     processor = getattr(modules.get(parent), "processor", None)

@@ -102,6 +102,7 @@ _ORIGINAL_ENDS = {
     "out.2": "conv_out",
 }
 _ATTENTION_PROJECTION = re.compile(r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$")
+_INPUT_BLOCK = re.compile(r"input_blocks\.(\d+)\.0\.(in_layers|op)\b")
 _DOWN_RESNET = re.compile(r"down_blocks\.(\d+)\.resnets\.(\d+)\.")
 
 # (prefix, part, separator), the longer of two that begin alike first.
@@ -162,6 +163,18 @@ class UNetLayout:
             level, index = int(found[1]), int(found[2])
             levels[level] = max(levels.get(level, 0), index + 1)
         return cls(tuple(levels[level] for level in sorted(levels)))
+
+    @classmethod
+    def of_original(cls, names: Iterable[str]) -> UNetLayout:
+        """The layout of a model, from the original (ldm/sgm) names of its modules."""
+        blocks = {(int(found[1]), found[2]) for found in filter(None, map(_INPUT_BLOCK.match, names))}
+        resnets = [0]
+        for _, kind in sorted(blocks):
+            if kind == "op":
+                resnets.append(0)
+            else:
+                resnets[-1] += 1
+        return cls(tuple(resnets))
 
     def down(self, block: int) -> tuple[int, int] | None:
         """(level, position) of `input_blocks.<block>`, block >= 1; the position after the last is the downsampler."""

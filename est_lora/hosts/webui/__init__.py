@@ -1,0 +1,38 @@
+"""AUTOMATIC1111's WebUI, Forge and its kin as hosts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from est_lora.hosts.webui import api, panel
+from est_lora.hosts.webui.job import Job
+
+__all__ = ["begin", "before_sampling", "panel", "prompts_read", "register"]
+
+_ATTRIBUTE = "est_lora"
+
+
+def register() -> None:
+    """Enters us into the host's callbacks; to be called each time that it has cleared them."""
+    from modules import script_callbacks
+
+    script_callbacks.on_app_started(lambda _, app: api.add_routes(app))
+    script_callbacks.on_script_unloaded(api.guard_requests())
+
+
+def begin(p: Any, arguments: tuple[object, ...]) -> None:
+    """A generation starts, with these values of the panel."""
+    if isinstance(job := getattr(p, _ATTRIBUTE, None), Job):
+        job.release()
+    setattr(p, _ATTRIBUTE, Job(p, panel.read(arguments)))
+
+
+def prompts_read(p: Any, tags: Any) -> None:
+    """The tags of a batch's prompts, or of the second pass's, have been taken out of them."""
+    second_pass = tags is getattr(p, "hr_extra_network_data", None)
+    getattr(p, _ATTRIBUTE).prepare(tags, second_pass=second_pass)
+
+
+def before_sampling(p: Any) -> None:
+    """The sampler is about to start."""
+    getattr(p, _ATTRIBUTE).attach()

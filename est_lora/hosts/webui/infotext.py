@@ -1,0 +1,51 @@
+"""What a picture says of its fusion, in the WebUI's own table of parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from est_lora import __version__
+from est_lora.config import FIELDS
+from est_lora.gate import FusionPlan
+from est_lora.text.infotext import fusion, lora_hashes
+
+_VERSION = "EST-LoRA version"
+_OFF = "EST-LoRA off"
+_HASHES = "Lora hashes"
+_INFOTEXT = {field.key: field.infotext for field in FIELDS}
+_FILES = (_INFOTEXT["subject"], _INFOTEXT["style"])
+
+
+def write(p: Any, plan: FusionPlan, subject: Any, style: Any) -> None:
+    """Every knob that isn't at its default, the beta that was used, and both files' hashes beside the host's own."""
+    written = p.extra_generation_params
+    written |= fusion(plan.config)
+    written |= {_INFOTEXT["subject"]: subject.name, _INFOTEXT["style"]: style.name}
+    written |= {_INFOTEXT["beta"]: round(plan.beta, 6), _VERSION: __version__}
+    # In the host's own table, from which it writes its line again before a second pass.
+    p.lora_hashes = getattr(p, "lora_hashes", {})
+    p.lora_hashes |= {entry.name: entry.shorthash for entry in (subject, style) if entry.shorthash}
+    _write_hashes(p)
+
+
+def refuse(p: Any, why: str) -> None:
+    """That there was no fusion, though one was asked for."""
+    clear(p)
+    p.extra_generation_params[_OFF] = why
+
+
+def clear(p: Any) -> None:
+    """Takes out what was written for an earlier batch of the same job."""
+    written = p.extra_generation_params
+    for key in _FILES:
+        getattr(p, "lora_hashes", {}).pop(written.get(key), None)
+    for key in (_VERSION, _OFF, *_INFOTEXT.values()):
+        written.pop(key, None)
+    _write_hashes(p)
+
+
+def _write_hashes(p: Any) -> None:
+    if hashes := lora_hashes(getattr(p, "lora_hashes", {}).items()):
+        p.extra_generation_params[_HASHES] = hashes
+    else:
+        p.extra_generation_params.pop(_HASHES, None)

@@ -1,0 +1,289 @@
+"""One generation: what was asked for, and what it puts on the model and takes off again."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from est_lora.config import FusionConfig
+from est_lora.errors import EstLoraError, quote
+from est_lora.fusion import FusionSession, remove_branches
+from est_lora.gate import FusionPlan
+from est_lora.hosts.webui import infotext
+from est_lora.hosts.webui.a1111 import A1111Host
+from est_lora.hosts.webui.forge import ForgeHost
+from est_lora.hosts.webui.host import Host, progress, step_starts
+from est_lora.hosts.webui.loras import LoraList
+from est_lora.text import tag
+
+log = logging.getLogger(__name__)
+
+# The tags of a prompt are part of what the host remembers an encoded prompt by; this is what we add to them.
+_ENCODED_WITH = "est-lora text encoders"
+_RESTORES = "est_lora_restores"
+
+
+def host_of(p: Any) -> Host:
+    """The WebUI that `p` is a job of."""
+    return ForgeHost(p.sd_model) if hasattr(p.sd_model, "forge_objects") else A1111Host(p.sd_model)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A request that can be carried out on the checkpoint that is loaded.
+
+    Attributes:
+        host: that checkpoint.
+        plan: what every layer does.
+        subject, style: the host's entries of the two files.
+    """
+
+    host: Host
+    plan: FusionPlan
+    subject: Any
+    style: Any
+
+
+class Job:
+    """What a generation `p` does with two LoRAs. It hangs on `p`, and nothing of it is anywhere else."""
+
+    def __init__(self, p: Any, given: Mapping[str, object]) -> None:
+        """Notes what the panel or the API asks for, by the keys of the knobs; nothing where it is switched off."""
+        self._p = p
+        self._given = given
+        self._fusion: Fusion | None = None
+        self._plans: dict[tuple[object, ...], FusionPlan] = {}
+        self._text = ExitStack()
+        self._sampling = ExitStack()
+
+    def prepare(self, tags: MutableMapping[str, Sequence[Any]], *, second_pass: bool = False) -> None:
+        """The prompts of a batch have been read: decides what will be done, and has text encoded accordingly.
+
+        From here to the end of sampling the model is changed; a second pass is within the first one's guard.
+
+        Args:
+            tags: the host's `extra_network_data`, the tags of the prompt by their names; it is written to.
+            second_pass: they are those of a hires fix's second pass.
+        """
+        self.release()
+        p = self._p
+        tags.pop(_ENCODED_WITH, None)
+        heeded: Mapping[str, Sequence[Any]] = {} if p.disable_extra_networks else tags
+        if not second_pass:
+            infotext.clear(p)
+            unguard(p)
+            if self._given or tag.NAME in heeded or getattr(p, "enable_hr", False):
+                guard(p, self)
+        try:
+            knobs = _knobs(self._given, heeded)
+            config = FusionConfig.of(knobs) if knobs else None
+            if config is None or not config.enabled:
+                return
+            config = _for_pass(config, second_pass)
+            if config is None:
+                return
+            fusion = self._fusion_of(config)
+            missing = self._text.enter_context(fusion.host.encoding(fusion.plan))
+        except EstLoraError as error:
+            self._refuse(error)
+            return
+        except Exception as error:  # a picture is worth more than a fusion
+            self._fail(error)
+            return
+        self._fusion = fusion
+        if fusion.plan.text_layers:
+            tags[_ENCODED_WITH] = [_encoded_with(fusion)]
+        if not second_pass:
+            infotext.write(p, fusion.plan, fusion.subject, fusion.style)
+        for remark in [*_counted_twice(fusion, heeded), *_text_remarks(missing)]:
+            self.say(remark)
+
+    def attach(self) -> None:
+        """The sampler is about to start: from here on the UNet has both LoRAs."""
+        p, fusion = self._p, self._fusion
+        self._text.close()
+        self._sampling.close()
+        host = host_of(p)
+        tidy(host)
+        if fusion is None:
+            return
+        try:
+            if fusion.host.unet is not host.unet or fusion.host.checkpoint is not host.checkpoint:
+                fusion = self._fusion_of(fusion.plan.config)  # a hires fix with a checkpoint of its own
+            self._attach(fusion)
+        except EstLoraError as error:
+            self._refuse(error)
+        except Exception as error:
+            self._fail(error)
+
+    def release(self) -> None:
+        """Takes everything off the model. May be called at any time, and again."""
+        self._fusion = None
+        self._text.close()
+        self._sampling.close()
+
+    def say(self, sentence: str) -> None:
+        """Tells the user, under the picture and in the log, once."""
+        if sentence not in self._p.comments:
+            self._p.comment(sentence)
+            log.warning("%s", sentence)
+
+    def _attach(self, fusion: Fusion) -> None:
+        host, plan = fusion.host, fusion.plan
+        starts = step_starts(host, self._p) if plan.config.clock == "step" else []
+        if plan.config.clock == "step" and not starts:
+            self.say(f"{self._p.sampler_name} has no list of steps: EST-LoRA takes the timestep for its clock.")
+        session = FusionSession(host.unet, plan, modules=host.modules)
+        with ExitStack() as attached:
+            attached.enter_context(session)
+            attached.callback(
+                host.unet.register_forward_pre_hook(Progress(session, host, starts), with_kwargs=True).remove
+            )
+            attached.callback(self._look_back, session, host)
+            self._sampling = attached.pop_all()
+        for remark in session.remarks:
+            self.say(remark)
+
+    def _look_back(self, session: FusionSession, host: Host) -> None:
+        """Sampling is over: what of it went another way than the user may think."""
+        p = self._p
+        loaded = getattr(p.sd_model, "sd_checkpoint_info", None)
+        if loaded is not host.checkpoint and loaded is getattr(p, "refiner_checkpoint_info", None):
+            self.say("The refiner drew its part without EST-LoRA: a plan is made for one checkpoint.")
+        elif session.tau is not None and not session.ran:
+            self._refuse(
+                EstLoraError(
+                    "EST-LoRA had no effect: this UNet runs in a compiled form that passes its layers by; switch"
+                    " torch.compile or the like off."
+                )
+            )
+
+    def _fusion_of(self, config: FusionConfig) -> Fusion:
+        host = host_of(self._p)
+        loras = LoraList()
+        subject, style = map(loras.find, config.pair())
+        if subject.filename == style.filename:
+            raise EstLoraError(
+                f"Subject and style are the same file, {quote(Path(subject.filename).name)}: name two, or use <lora:> for"
+                " one alone."
+            )
+        if host.obstacle:
+            raise EstLoraError(host.obstacle)
+        key = (config, subject.filename, style.filename, id(host.sd_model), id(host.checkpoint))
+        if key not in self._plans:
+            files = (host.read(entry.filename) for entry in (subject, style))
+            self._plans[key] = FusionPlan.of(*files, config)
+        for entry in (subject, style):
+            entry.read_hash()
+        return Fusion(host, self._plans[key], subject, style)
+
+    def _refuse(self, error: EstLoraError) -> None:
+        self._fusion = None
+        self._text.close()
+        infotext.refuse(self._p, str(error))
+        self.say(f"{error} The picture was made without EST-LoRA.")
+
+    def _fail(self, error: Exception) -> None:
+        log.error("EST-LoRA failed.", exc_info=error)
+        self._refuse(EstLoraError(f"EST-LoRA failed ({type(error).__name__}); the log has more."))
+
+
+class Progress:
+    """The hook on the UNet that tells a session, at each call, where the picture is."""
+
+    def __init__(self, session: FusionSession, host: Host, starts: list[float]) -> None:
+        self._session = session
+        self._host = host
+        self._starts = starts
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The forward pre-hook."""
+        if not self._session.attached:
+            return
+        if self._host.still_loaded():
+            self._session.at(progress(self._host, self._starts, args, kwargs))
+        else:
+            self._session.detach()
+
+
+def tidy(host: Host) -> None:
+    """Takes off the model what a fusion that ended badly has left there."""
+    hooks = host.unet._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, Progress)]:
+        del hooks[key]
+        host.unet._forward_pre_hooks_with_kwargs.pop(key, None)
+    if remove_branches(host.unet):
+        log.warning("An earlier fusion was still on the UNet; it has been taken off.")
+    host.tidy()
+
+
+def guard(p: Any, job: Job) -> None:
+    """Has the next `p.sample(...)` end with `job` released, however it ends: the host calls nobody after an error."""
+    sample, was_there = p.sample, "sample" in vars(p)
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        unguard(p)
+        try:
+            return sample(*args, **kwargs)
+        finally:
+            job.release()
+
+    setattr(guarded, _RESTORES, sample if was_there else None)
+    p.sample = guarded
+
+
+def unguard(p: Any) -> None:
+    """Takes a guard off, where there is one."""
+    if hasattr(p.sample, _RESTORES):
+        before = getattr(p.sample, _RESTORES)
+        del p.sample
+        if before is not None:
+            p.sample = before
+
+
+def _knobs(given: Mapping[str, object], tags: Mapping[str, Sequence[Any]]) -> dict[str, object]:
+    """What is asked for: by the prompt's tag, and where that says nothing by the panel or the API."""
+    found = tags.get(tag.NAME, ())
+    if len(found) > 1:
+        raise EstLoraError(f"The prompt has {len(found)} <{tag.NAME}:...> tags, and one fusion needs one: keep one.")
+    return {**given, **(tag.read(found[0].items) if found else {})}
+
+
+def _for_pass(config: FusionConfig, second_pass: bool) -> FusionConfig | None:
+    if not second_pass or config.hires == "same":
+        return config
+    return None if config.hires == "off" else dataclasses.replace(config, method=config.hires)
+
+
+def _encoded_with(fusion: Fusion) -> str:
+    config = fusion.plan.config
+    files = (
+        (Path(entry.filename), Path(entry.filename).stat().st_mtime_ns) for entry in (fusion.subject, fusion.style)
+    )
+    return repr((config.method, config.subject_te, config.style_te, *files))
+
+
+def _counted_twice(fusion: Fusion, tags: Mapping[str, Sequence[Any]]) -> Iterator[str]:
+    loras = LoraList()
+    for params in tags.get("lora", ()):
+        for role, entry in (("subject", fusion.subject), ("style", fusion.style)):
+            if params.positional and loras.same_file(params.positional[0], entry):
+                yield (
+                    f"The {role} {quote(entry.name)} is also in the prompt as <lora:...>: it counts twice; take that tag"
+                    " out."
+                )
+
+
+def _text_remarks(missing: list[str]) -> Iterator[str]:
+    if missing:
+        yield (
+            "Text-encoder layers of the files that this checkpoint doesn't have are left out:"
+            f" {len(missing)}, e.g. {missing[0]}."
+        )

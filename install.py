@@ -1,0 +1,1 @@
+"""Nothing to install: the hosts ship torch, safetensors, numpy and gradio."""

@@ -1,0 +1,41 @@
+"""The door the WebUI knocks at."""
+
+from __future__ import annotations
+
+from est_lora.hosts import webui
+from modules import scripts
+
+webui.register()
+
+
+class EstLora(scripts.Script):
+    """The AlwaysOn script; everything behind it is in the package."""
+
+    def title(self):
+        """Its name, also in the API."""
+        return webui.panel.TITLE
+
+    def show(self, is_img2img):
+        """In txt2img and img2img."""
+        return scripts.AlwaysVisible
+
+    def ui(self, is_img2img):
+        """The panel."""
+        return webui.panel.build(self)
+
+    def process(self, p, *args):
+        """A generation starts."""
+        webui.begin(p, args)
+
+    def after_extra_networks_activate(self, p, *args, extra_network_data=None, **kwargs):
+        """The prompts of a batch, or of a second pass, have been read."""
+        webui.prompts_read(p, extra_network_data)
+
+    def process_batch(self, p, *args, **kwargs):
+        """The same, where the host was told to disregard tags."""
+        if p.disable_extra_networks:
+            webui.prompts_read(p, p.extra_network_data)
+
+    def process_before_every_sampling(self, p, *args, **kwargs):
+        """The sampler is about to start."""
+        webui.before_sampling(p)
