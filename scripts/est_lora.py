@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from est_lora.hosts import webui
 from modules import scripts
+
+from est_lora.hosts import webui
 
 webui.register()
 

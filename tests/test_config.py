@@ -29,6 +29,8 @@ PUBLISHED = {  # key: (default, an accepted value, refused values)
     "other": ("sum", "off", ["subject"]),
     "subject_te": (1, 0, [-2.5, "none"]),
     "style_te": (1, -2, [2.5, None]),
+    "enabled": (True, False, ["yes", 2, None, 0.5]),
+    "hires": ("same", "off", ["none", "est"]),
     "engine": ("auto", "branch", ["merge", "fast"]),
 }
 

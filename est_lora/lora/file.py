@@ -12,6 +12,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from est_lora.errors import EstLoraError, quote
@@ -30,7 +31,11 @@ _WITHOUT_UNET = (
 )
 # No layer has more weights than this; factors of a few bytes can claim any number.
 _MOST_WEIGHTS = 1 << 26
-_READABLE = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8", "BOOL"}
+# What tensors may be of: floats, and whole numbers where there is only one.
+_READABLE = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,9 +279,12 @@ class _Reader:
 
     def _tensor(self, key: str) -> Tensor | None:
         """A tensor as it is in the file, or None where it is neither floats nor one number."""
-        if self._file.get_slice(key).get_dtype() not in _READABLE:
+        try:
+            tensor: Tensor = self._file.get_tensor(key)
+        except (AttributeError, TypeError):  # a type that this torch doesn't have
             return None
-        tensor: Tensor = self._file.get_tensor(key)
+        if tensor.dtype not in _READABLE:
+            return None
         if not tensor.is_floating_point():
             return tensor.float() if tensor.numel() == 1 else None
         if not is_finite(tensor):

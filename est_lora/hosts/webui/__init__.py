@@ -7,7 +7,7 @@ from typing import Any
 from est_lora.hosts.webui import api, panel
 from est_lora.hosts.webui.job import Job
 
-__all__ = ["begin", "before_sampling", "panel", "prompts_read", "register"]
+__all__ = ["before_sampling", "begin", "panel", "prompts_read", "register"]
 
 _ATTRIBUTE = "est_lora"
 

@@ -94,7 +94,7 @@ class Job:
         except EstLoraError as error:
             self._refuse(error)
             return
-        except Exception as error:  # a picture is worth more than a fusion
+        except Exception as error:  # noqa: BLE001 - a picture is worth more than a fusion
             self._fail(error)
             return
         self._fusion = fusion
@@ -120,7 +120,7 @@ class Job:
             self._attach(fusion)
         except EstLoraError as error:
             self._refuse(error)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - as above
             self._fail(error)
 
     def release(self) -> None:
