@@ -9,3 +9,11 @@ from hypothesis import settings
 torch.set_num_threads(1)
 settings.register_profile("est-lora", deadline=None, derandomize=True)
 settings.load_profile("est-lora")
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("webui", "the tests in a real WebUI (tests/webui)")
+    group.addoption("--webui", metavar="ADDRESS|FOLDER", help="a WebUI that runs on this machine, or one to start")
+    group.addoption("--webui-folder", metavar="FOLDER", help="with an address: where that WebUI is installed")
+    group.addoption("--webui-python", metavar="PATH", help="with a folder: the Python to start it with")
+    group.addoption("--webui-args", metavar="TEXT", default="", help="with a folder: what to start it with")

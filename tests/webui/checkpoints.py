@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,25 +62,23 @@ _TINY_CLIP, _TINY_VAE = _Encoder(64, 2, 4), _Autoencoder((32, 32, 32, 32), 1)
 _TINY_OPEN_CLIP_NAME, _TINY_OPEN_CLIP = "ViT-S-16-alt", _Encoder(256, 10, 4)
 
 
-def write_sd15(path: Path, tokenizer: Path | None = None, seed: int = 0) -> Path:
-    """Writes a checkpoint of Stable Diffusion 1's layout: for Forge, or, with a `tokenizer`, a tiny one for A1111.
+def write_sd15(path: Path, *, tiny: bool = False, seed: int = 0) -> Path:
+    """Writes a checkpoint of Stable Diffusion 1's layout.
 
     Args:
-        path: the `.safetensors` file. A1111's gets a .yaml and a folder with the tokenizer beside it, and must stay there.
-        tokenizer: a folder with CLIP's vocab.json and merges.txt.
+        path: the `.safetensors` file.
+        tiny: one for A1111; it gets a .yaml and a folder with a tokenizer beside it, and must stay there.
         seed: other weights, same layout.
     """
-    text, vae, widths = (
-        (_CLIP_L, _FULL_VAE, (320,) * 4) if tokenizer is None else (_TINY_CLIP, _TINY_VAE, (32, 64, 128, 128))
-    )
+    text, vae, widths = (_TINY_CLIP, _TINY_VAE, (32, 64, 128, 128)) if tiny else (_CLIP_L, _FULL_VAE, (320,) * 4)
     config = _narrow(SD15, widths, text.width)
     with torch.device("meta"):
         shapes = _common(config, vae)
         encoder = CLIPTextModel(CLIPTextConfig(**text.config())).state_dict()
     shapes |= {f"cond_stage_model.transformer.{_clip_name(name)}": tensor for name, tensor in encoder.items()}
     _save(shapes, seed, path, "cond_stage_model.transformer")
-    if tokenizer is not None:
-        embedder = {"version": _clip_folder(path, tokenizer, text)}
+    if tiny:
+        embedder = {"version": _clip_folder(path, text)}
         network = _network(widths) | {
             "image_size": 32,
             "attention_resolutions": [4, 2, 1],
@@ -107,15 +104,13 @@ def write_sd15(path: Path, tokenizer: Path | None = None, seed: int = 0) -> Path
     return path
 
 
-def write_sdxl(path: Path, tokenizer: Path | None = None, seed: int = 0) -> Path:
+def write_sdxl(path: Path, *, tiny: bool = False, seed: int = 0) -> Path:
     """Writes a checkpoint of SDXL's layout; the arguments are `write_sd15`'s.
 
     Forge's has 1.2 billion weights, most of them in the second text encoder.
     """
-    first, second, vae = (
-        (_CLIP_L, _CLIP_G, _FULL_VAE) if tokenizer is None else (_TINY_CLIP, _TINY_OPEN_CLIP, _TINY_VAE)
-    )
-    widths = (320,) * 3 if tokenizer is None else (32, 64, 128)
+    first, second, vae = (_TINY_CLIP, _TINY_OPEN_CLIP, _TINY_VAE) if tiny else (_CLIP_L, _CLIP_G, _FULL_VAE)
+    widths = (32, 64, 128) if tiny else (320,) * 3
     config = _narrow(SDXL, widths, first.width + second.width)
     config |= {"projection_class_embeddings_input_dim": second.width + _SIZES}
     with torch.device("meta"):
@@ -125,7 +120,7 @@ def write_sdxl(path: Path, tokenizer: Path | None = None, seed: int = 0) -> Path
     shapes |= {f"conditioner.embedders.0.transformer.{_clip_name(name)}": tensor for name, tensor in encoder.items()}
     shapes |= {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in pooling.items()}
     _save(shapes, seed, path, "conditioner.embedders.0.transformer")
-    if tokenizer is not None:
+    if tiny:
         network = _network(widths) | {
             "attention_resolutions": [4, 2],
             "num_head_channels": 8,
@@ -148,7 +143,7 @@ def write_sdxl(path: Path, tokenizer: Path | None = None, seed: int = 0) -> Path
             "disable_first_stage_autocast": True,
             "denoiser_config": _part("sgm.modules.diffusionmodules.denoiser.DiscreteDenoiser", denoiser),
             "network_config": _part("sgm.modules.diffusionmodules.openaimodel.UNetModel", network),
-            "conditioner_config": _part("sgm.modules.GeneralConditioner", _embedders(path, tokenizer, first)),
+            "conditioner_config": _part("sgm.modules.GeneralConditioner", _embedders(path, first)),
             "first_stage_config": _part("sgm.models.autoencoder.AutoencoderKLInferenceWrapper", _autoencoder(vae)),
         }
         _describe(path, "sgm.models.diffusion.DiffusionEngine", parameters)
@@ -231,10 +226,10 @@ def _autoencoder(vae: _Autoencoder) -> dict[str, Any]:
     }
 
 
-def _embedders(path: Path, tokenizer: Path, first: _Encoder) -> dict[str, Any]:
+def _embedders(path: Path, first: _Encoder) -> dict[str, Any]:
     """SDXL's conditions: the words, twice, and three pairs of numbers."""
     modules = "sgm.modules.encoders.modules"
-    version = _clip_folder(path, tokenizer, first)
+    version = _clip_folder(path, first)
     words = {"version": version, "layer": "hidden", "layer_idx": first.layers - 1}
     pooling = {
         "arch": _TINY_OPEN_CLIP_NAME,
@@ -252,15 +247,22 @@ def _embedders(path: Path, tokenizer: Path, first: _Encoder) -> dict[str, Any]:
     return {"emb_models": [{"is_trainable": False, **embedder} for embedder in embedders]}
 
 
-def _clip_folder(path: Path, tokenizer: Path, text: _Encoder) -> str:
-    """A folder that transformers makes the tokenizer and the tiny encoder from, without asking the network."""
+def _clip_folder(path: Path, text: _Encoder) -> str:
+    """A folder that transformers makes a tokenizer and the tiny encoder from, without asking the network.
+
+    The tokenizer knows letters, not words: which words a picture is of makes no difference here.
+    """
     folder = path.with_suffix(".clip").absolute()
     folder.mkdir(exist_ok=True)
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copyfile(tokenizer / name, folder / name)
-    (folder / "config.json").write_text(
-        json.dumps({"model_type": "clip_text_model", **text.config()}), encoding="utf-8"
-    )
+    letters = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
+    known = [*letters, *(f"{letter}</w>" for letter in letters)]
+    ends = ["<|startoftext|>", "<|endoftext|>"]
+    filler = [f"<|{number}|>" for number in range(text.config()["vocab_size"] - len(known) - len(ends))]
+    vocabulary = {token: number for number, token in enumerate([*known, *filler, *ends])}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    config = {"model_type": "clip_text_model", **text.config()}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return str(folder)
 
 

@@ -52,12 +52,17 @@ class Fusion:
 
 
 class Job:
-    """What a generation `p` does with two LoRAs. It hangs on `p`, and nothing of it is anywhere else."""
+    """What a generation `p` does with two LoRAs. It hangs on `p`, and nothing of it is anywhere else.
+
+    Attributes:
+        session: what is on the UNet at the moment; None between samplings.
+    """
 
     def __init__(self, p: Any, given: Mapping[str, object]) -> None:
         """Notes what the panel or the API asks for, by the keys of the knobs; nothing where it is switched off."""
         self._p = p
         self._given = given
+        self.session: FusionSession | None = None
         self._fusion: Fusion | None = None
         self._plans: dict[tuple[object, ...], FusionPlan] = {}
         self._text = ExitStack()
@@ -128,6 +133,7 @@ class Job:
         self._fusion = None
         self._text.close()
         self._sampling.close()
+        self.session = None
 
     def say(self, sentence: str) -> None:
         """Tells the user, under the picture and in the log, once."""
@@ -148,6 +154,7 @@ class Job:
             )
             attached.callback(self._look_back, session, host)
             self._sampling = attached.pop_all()
+        self.session = session
         for remark in session.remarks:
             self.say(remark)
 
