@@ -1,0 +1,637 @@
+"""A WebUI without a browser: a loaded checkpoint, the order in which the host calls its scripts, and samplers."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+import re
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.files import WIDTH
+from tests.hosts.webui import fakes
+from tests.hosts.webui.networks import (
+    A1111,
+    CONTEXT,
+    FIRST_WIDTH,
+    FORGE,
+    SECOND_WIDTH,
+    Clip,
+    OpenClip,
+    UNet,
+    tokens_of,
+)
+
+ENTRY = Path(__file__).parents[3] / "scripts" / "est_lora.py"
+_TAG = re.compile(r"<(\w+):([^>]+)>")
+_BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+ALPHAS = torch.cumprod(1 - _BETAS, 0).float()
+SIGMAS = ((1 - ALPHAS) / ALPHAS) ** 0.5
+
+
+class Params:
+    """One tag of a prompt."""
+
+    def __init__(self, items: list[str]) -> None:
+        self.items, self.positional, self.named = items, [], {}
+        for item in items:
+            parts = item.split("=", 2)
+            if len(parts) == 2:
+                self.named[parts[0]] = parts[1]
+            else:
+                self.positional.append(item)
+
+    def __eq__(self, other: object) -> bool:
+        return self.items == other.items
+
+
+def parse_prompts(prompts: list[str]) -> tuple[list[str], dict[str, list[Params]]]:
+    """The prompts without tags, and the tags of the first."""
+    first: dict[str, list[Params]] = defaultdict(list)
+    for name, content in _TAG.findall(prompts[0]):
+        first[name].append(Params(content.split(":")))
+    return [_TAG.sub("", prompt) for prompt in prompts], first
+
+
+class Predictor(nn.Module):
+    """Forge's: sigmas and timesteps."""
+
+    prediction_type = "epsilon"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("sigmas", SIGMAS)
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return (sigma.log() - self.sigmas.log()[:, None]).abs().argmin(0).view(sigma.shape)
+
+    def sigma(self, timestep: Tensor) -> Tensor:
+        return _at(self.sigmas.log(), timestep).exp()
+
+
+class FlowPredictor(nn.Module):
+    """Forge's for flow models."""
+
+    prediction_type = "const"
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return sigma * 1000
+
+    def sigma(self, timestep: Tensor) -> Tensor:
+        return timestep / 1000
+
+
+class ForgeObjects:
+    def __init__(self, unet: Any, clip: Any) -> None:
+        self.unet, self.clip = unet, clip
+
+    def shallow_copy(self) -> ForgeObjects:
+        return ForgeObjects(self.unet, self.clip)
+
+
+@dataclass
+class Call:
+    """One call of the UNet."""
+
+    p: Any
+    second_pass: bool
+    timestep: float
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Tensor
+    unet: nn.Module
+
+
+@dataclass
+class Picture:
+    """What a batch gave."""
+
+    latent: Tensor
+    infotext: dict[str, Any]
+
+
+@dataclass
+class WebUI:
+    """The host. `flavour` is `a1111` or `forge`, `family` `sd15` or `sdxl`."""
+
+    flavour: str
+    family: str
+    folder: Path
+    modules: dict[str, ModuleType] = field(default_factory=dict)
+    calls: list[Call] = field(default_factory=list)
+    errors: list[BaseException] = field(default_factory=list)
+    components: list[Any] = field(default_factory=list)
+    others: list[Any] = field(default_factory=list)
+    first_pass_conds_for_second: bool = False
+
+    def __post_init__(self) -> None:
+        self.sd_model = self.checkpoint(seed=1)
+        self.caches: dict[str, list[Any]] = {}
+        self.encodings = 0
+        self.callbacks = fakes.ScriptCallbacks()
+        self.networks = fakes.networks_module(self.folder, self._load_networks)
+        self.sd_unet = ModuleType("modules.sd_unet")
+        self.sd_unet.current_unet = None
+        self._forge_backup: dict[str, Tensor] = {}
+
+    @property
+    def is_forge(self) -> bool:
+        return self.flavour == "forge"
+
+    def install(self) -> None:
+        """Puts the fakes where Python looks for modules, and loads the extension's entry file as the host does."""
+        samplers = ModuleType("modules.sd_samplers_common")
+        samplers.setup_img2img_steps = fakes.setup_img2img_steps
+        common, components = ModuleType("modules.ui_common"), ModuleType("modules.ui_components")
+        common.create_refresh_button = self._refresh_button
+        components.InputAccordion = fakes.accordion(self.components)
+        fastapi = ModuleType("fastapi")
+        fastapi.HTTPException, fastapi.Request = fakes.HTTPException, SimpleNamespace
+        named = [
+            ModuleType("modules"),
+            ModuleType("modules.api"),
+            fakes.api_module([]),
+            fakes.scripts_module(),
+            self.callbacks,
+            self.sd_unet,
+            samplers,
+            common,
+            components,
+            fakes.gradio_module(self.components),
+            fastapi,
+            self.networks,
+        ]
+        self.modules = {module.__name__: module for module in named}
+        for name, module in self.modules.items():
+            parent, _, leaf = name.rpartition(".")
+            if parent:
+                setattr(self.modules[parent], leaf, module)
+        sys.modules.update(self.modules)
+        self.load_entry()
+
+    def load_entry(self) -> None:
+        """What the host does at the start and at Reload UI."""
+        spec = importlib.util.spec_from_file_location("est_lora.py", ENTRY)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        self.script = module.EstLora()
+        self.script.args_to = len(self.default_arguments())
+
+    def default_arguments(self) -> list[Any]:
+        return [False, "None", "None", 1, 1, "auto", 0, "est"]
+
+    def api_arguments(self, scripts: dict[str, Any]) -> list[Any]:
+        """The script arguments that a request with these `alwayson_scripts` gives."""
+        api = self.modules["modules.api.api"].Api()
+        return api.init_script_args(SimpleNamespace(alwayson_scripts=scripts), self.default_arguments(), None, 0, None)
+
+    # -- the model
+
+    def checkpoint(self, seed: int, family: str | None = None, unet: nn.Module | None = None) -> Any:
+        """A loaded checkpoint."""
+        family, kind = family or self.family, FORGE if self.is_forge else A1111
+        xl = family == "sdxl"
+        unet = unet or UNet(kind, seed)
+        first = Clip(kind, FIRST_WIDTH[family], seed + 1)
+        info = SimpleNamespace(name=f"model-{seed}", seed=seed, family=family)
+        if self.is_forge:
+            return _forge_model(unet, first, Clip(kind, SECOND_WIDTH, seed + 2) if xl else None, info)
+        return _a1111_model(unet, first, OpenClip(kind, SECOND_WIDTH, seed + 2) if xl else None, info)
+
+    @property
+    def unet(self) -> nn.Module:
+        return self.unet_of(self.sd_model)
+
+    def unet_of(self, sd_model: Any) -> nn.Module:
+        return sd_model.forge_objects.unet.model.diffusion_model if self.is_forge else sd_model.model.diffusion_model
+
+    @property
+    def encoders(self) -> dict[str, nn.Module]:
+        """The text encoders by diffusers' parts."""
+        model = self.sd_model
+        if self.is_forge:
+            clip = model.forge_objects.clip.cond_stage_model
+            found = {"text_encoder": clip.clip_l.transformer}
+            return found | ({"text_encoder_2": clip.clip_g.transformer} if model.is_sdxl else {})
+        if not model.is_sdxl:
+            return {"text_encoder": model.cond_stage_model.wrapped.transformer}
+        first, second, _ = model.conditioner.embedders
+        return {"text_encoder": first.wrapped.transformer, "text_encoder_2": second.wrapped.model}
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        """The prompts as the UNet takes them."""
+        self.encodings += 1
+        tokens = tokens_of(prompts)
+        return torch.cat([encoder(tokens) for encoder in self.encoders.values()], -1)
+
+    def load_into_same_modules(self, seed: int) -> None:
+        """Another checkpoint's weights in the modules that are there."""
+        other = self.checkpoint(seed)
+        self.unet.load_state_dict(self.unet_of(other).state_dict())
+        self.sd_model.sd_checkpoint_info = other.sd_checkpoint_info
+
+    # -- the user's own LoRAs
+
+    def _load_networks(self, networks: ModuleType, wanted: list[tuple[str, Any, float]]) -> None:
+        networks.loaded_networks.clear()
+        networks.loaded_networks += [fakes.UserNetwork(*each) for each in wanted]
+        for _, entry, _ in wanted:
+            entry.read_hash()
+        if not self.is_forge:
+            return
+        sd_model, names = self.sd_model, dict(self.unet.named_parameters(prefix="diffusion_model"))
+        loader = sd_model.forge_objects_original.unet.lora_loader
+        with torch.no_grad():
+            for key, original in loader.backup.items():
+                names[key].copy_(original)
+            loader.backup.clear()
+            for _, entry, strength in wanted:
+                for key, change in fakes.user_changes(entry.filename, strength, "."):
+                    weight = names.get(f"{key}.weight")
+                    if weight is not None:
+                        loader.backup.setdefault(f"{key}.weight", weight.clone())
+                        weight += change.reshape(weight.shape)
+        sd_model.forge_objects_after_applying_lora = sd_model.forge_objects.shallow_copy()
+
+    def activate(self, p: Processing, tags: dict[str, list[Params]]) -> None:
+        """The tags of a prompt begin to act."""
+        wanted = tags.get("lora", [])
+        strengths = [float(params.positional[1]) if len(params.positional) > 1 else 1.0 for params in wanted]
+        self.networks.load_networks([params.positional[0] for params in wanted], strengths)
+        if not getattr(p, "is_hr_pass", False) or not hasattr(p, "lora_hashes"):
+            p.lora_hashes = {}
+        for network in self.networks.loaded_networks:
+            if network.network_on_disk.shorthash and network.mentioned_name:
+                p.lora_hashes[network.mentioned_name] = network.network_on_disk.shorthash
+        if p.lora_hashes:
+            p.extra_generation_params["Lora hashes"] = ", ".join(f"{k}: {v}" for k, v in p.lora_hashes.items())
+        self.tell("after_extra_networks_activate", p, extra_network_data=tags, batch_number=p.iteration)
+
+    # -- scripts and pictures
+
+    def tell(self, callback: str, p: Processing, **kwargs: Any) -> None:
+        """Calls all scripts; what they raise is printed, and the picture goes on."""
+        for script in (*self.others, self.script):
+            function = getattr(script, callback, None)
+            if function is None:
+                continue
+            try:
+                function(p, *(p.script_args if script is self.script else ()), **kwargs)
+            except Exception as error:  # noqa: BLE001
+                self.errors.append(error)
+
+    def make(self, p: Processing) -> list[Picture]:
+        """All batches of a job."""
+        p.all_prompts = p.prompt if isinstance(p.prompt, list) else [p.prompt] * p.n_iter
+        p.all_hr_prompts = [p.hr_prompt or prompt for prompt in p.all_prompts]
+        self.tell("process", p)
+        pictures = []
+        with torch.no_grad():
+            for number, prompt in enumerate(p.all_prompts):
+                p.iteration = number
+                if self.is_forge:
+                    self.sd_model.forge_objects = self.sd_model.forge_objects_original.shallow_copy()
+                self.tell("before_process_batch", p)
+                p.prompts, p.extra_network_data = parse_prompts([prompt])
+                if p.enable_hr:
+                    p.hr_prompts, p.hr_extra_network_data = parse_prompts([p.all_hr_prompts[number]])
+                if not p.disable_extra_networks:
+                    self.activate(p, p.extra_network_data)
+                if self.is_forge:
+                    self.sd_model.forge_objects = self.sd_model.forge_objects_after_applying_lora.shallow_copy()
+                self.tell("process_batch", p, batch_number=number)
+                p.setup_conds()
+                latent = p.sample(
+                    conditioning=p.c,
+                    unconditional_conditioning=p.uc,
+                    seeds=[1],
+                    subseeds=[1],
+                    subseed_strength=0,
+                    prompts=p.prompts,
+                )
+                self.tell("post_sample", p)
+                self.tell("postprocess_batch", p)
+                self.tell("postprocess_image", p)
+                pictures.append(Picture(latent, dict(p.extra_generation_params)))
+        self.tell("postprocess", p)
+        return pictures
+
+    def _refresh_button(self, components: Any, refresh: Any, choices: Any, elem_id: str) -> Any:
+        made = SimpleNamespace(kind="Refresh", components=components, refresh=refresh, choices=choices, elem_id=elem_id)
+        self.components.append(made)
+        return made
+
+
+class Processing:
+    """`p`: one job."""
+
+    enable_hr = False
+    is_hr_pass = False
+    iteration = 0
+
+    def __init__(self, web: WebUI, prompt: str | list[str] = "a knight", *, args: Any = None, **knobs: Any) -> None:
+        self.web = web
+        self.prompt, self.hr_prompt, self.n_iter = prompt, "", 1
+        self.script_args = web.default_arguments() if args is None else list(args)
+        self.steps, self.hr_second_pass_steps, self.denoising_strength = 5, 0, 0.6
+        self.sampler_name, self.sampler = "Euler", None
+        self.disable_extra_networks = False
+        self.refiner_checkpoint_info, self.refiner, self.refiner_at = None, None, 3
+        self.hr_checkpoint: Any = None
+        self.hr_checkpoint_info = None
+        self.extra_generation_params: dict[str, Any] = {}
+        self.comments: dict[str, int] = {}
+        self.fails_at: int | None = None
+        self.hr_extra_network_data = None
+        vars(self).update(knobs)
+
+    @property
+    def sd_model(self) -> Any:
+        return self.web.sd_model
+
+    def comment(self, text: str) -> None:
+        self.comments[text] = 1
+
+    def conds(self, name: str, prompts: list[str], tags: Any, *others: str) -> Tensor:
+        """Encoded prompts, from the cache where nothing that the host looks at has changed."""
+        web = self.web
+        key = (prompts, self.steps, web.sd_model.sd_checkpoint_info, tags)
+        for place in (name, *others):
+            cache = web.caches.setdefault(place, [None, None])
+            if cache[0] is not None and cache[0] == key:
+                return cache[1]
+        cache = web.caches[name]
+        cache[1] = web.encode(prompts)
+        cache[0] = key
+        return cache[1]
+
+    def setup_conds(self) -> None:
+        web = self.web
+        if self.is_hr_pass:
+            self.hr_c = None
+            self.calculate_hr_conds()
+            return
+        self.uc = self.conds("uc", [""], self.extra_network_data)
+        self.c = self.conds("c", self.prompts, self.extra_network_data)
+        self.hr_c = self.hr_uc = None
+        if not self.enable_hr or self.hr_checkpoint is not None:
+            return
+        if web.first_pass_conds_for_second:
+            self.calculate_hr_conds()
+        elif web.is_forge:
+            web.activate(self, self.hr_extra_network_data)
+            self.calculate_hr_conds()
+            web.activate(self, self.extra_network_data)
+
+    def calculate_hr_conds(self) -> None:
+        if self.hr_c is not None:
+            return
+        self.hr_uc = self.conds("hr_uc", [""], self.hr_extra_network_data, "uc")
+        self.hr_c = self.conds("hr_c", self.hr_prompts, self.hr_extra_network_data, "c")
+
+    def sample(self, conditioning, unconditional_conditioning, seeds, subseeds, subseed_strength, prompts) -> Tensor:
+        web = self.web
+        self.sampler = sampler_of(self)
+        torch.manual_seed(self.iteration)
+        x = torch.randn(1, 4, 5, 5)
+        self._before_sampling(x)
+        latent = self.sampler.run(self, x, conditioning, unconditional_conditioning)
+        if not self.enable_hr:
+            return latent
+        if self.hr_checkpoint is not None:
+            web.sd_model = self.hr_checkpoint
+        self.is_hr_pass = True
+        self.sampler = sampler_of(self)
+        if not self.disable_extra_networks:
+            web.activate(self, self.hr_extra_network_data)
+        self.calculate_hr_conds()
+        if web.is_forge:
+            web.tell("process_before_every_sampling", self)
+        self._before_sampling(latent)
+        latent = self.sampler.run(self, latent, self.hr_c, self.hr_uc)
+        self.sampler = None
+        self.is_hr_pass = False
+        return latent
+
+    def _before_sampling(self, x: Tensor) -> None:
+        model = self.web.sd_model
+        if self.web.is_forge:
+            model.forge_objects = model.forge_objects_after_applying_lora.shallow_copy()
+        self.web.tell("process_before_every_sampling", self, x=x)
+
+
+class ImageProcessing(Processing):
+    """img2img."""
+
+    init_images = ("a picture",)
+
+
+def euler(model, x, sigmas=None):
+    """By a list of sigmas."""
+    for sigma, following in zip(sigmas[:-1], sigmas[1:]):
+        x = x + model(x, sigma) * (following - sigma) * 0.1
+    return x
+
+
+def heun(model, x, sigmas=None):
+    """Two calls a step."""
+    for sigma, following in zip(sigmas[:-1], sigmas[1:]):
+        first = model(x, sigma)
+        if following > 0:
+            first = (first + model(x, following)) / 2
+        x = x + first * (following - sigma) * 0.1
+    return x
+
+
+def adaptive(model, x, sigma_min=None, sigma_max=None):
+    """Chooses its own noise levels, also back and forth."""
+    for share in (1.0, 0.6, 0.8, 0.4, 0.1):
+        x = x - model(x, torch.tensor(float(SIGMAS[-1])) * share) * 0.1
+    return x
+
+
+def ddim(model, x, timesteps=None):
+    """By a list of timesteps."""
+    for timestep in timesteps.flip(0):
+        x = x - model(x, timestep) * 0.1
+    return x
+
+
+_SAMPLERS = {"Euler": euler, "Heun": heun, "DPM adaptive": adaptive, "DDIM": ddim}
+
+
+def sampler_of(p: Processing) -> Any:
+    kind = TimestepSampler if p.sampler_name == "DDIM" else SigmaSampler
+    return kind(_SAMPLERS[p.sampler_name])
+
+
+class SigmaSampler:
+    """k-diffusion's."""
+
+    def __init__(self, func: Any) -> None:
+        self.func = func
+        self.model_wrap = SimpleNamespace(sigmas=SIGMAS, sigma_to_t=to_timestep)
+
+    def get_sigmas(self, p: Processing, steps: int) -> Tensor:
+        if p.web.is_forge and isinstance(p.web.sd_model.forge_objects.unet.model.predictor, FlowPredictor):
+            return torch.linspace(1, 0, steps + 1)
+        return torch.cat([_at(SIGMAS.log(), torch.linspace(999, 0, steps)).exp(), torch.zeros(1)])
+
+    def run(self, p: Processing, x: Tensor, cond: Tensor, uncond: Tensor) -> Tensor:
+        second = p.is_hr_pass or hasattr(p, "init_images")
+        if second:
+            steps, done = fakes.setup_img2img_steps(p, (p.hr_second_pass_steps or p.steps) if p.is_hr_pass else None)
+            sigmas = self.get_sigmas(p, steps)[steps - done - 1 :]
+        else:
+            sigmas = self.get_sigmas(p, p.steps)
+        denoiser = Denoiser(p, cond, uncond, self._timestep)
+        return self.func(denoiser, x, **({} if self.func is adaptive else {"sigmas": sigmas}))
+
+    def _timestep(self, p: Processing, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        predictor = p.web.sd_model.forge_objects.unet.model.predictor if p.web.is_forge else None
+        return (to_timestep(sigma) if predictor is None else predictor.timestep(sigma).float()), sigma
+
+
+class TimestepSampler:
+    """DDIM and its kin."""
+
+    def __init__(self, func: Any) -> None:
+        self.func = func
+
+    def get_timesteps(self, p: Processing, steps: int) -> Tensor:
+        return (torch.arange(0, 1000, 1000 // steps) + 1).clip(0, 999)
+
+    def run(self, p: Processing, x: Tensor, cond: Tensor, uncond: Tensor) -> Tensor:
+        timesteps = self.get_timesteps(p, p.steps)
+        if p.is_hr_pass or hasattr(p, "init_images"):
+            timesteps = timesteps[: math.ceil(len(timesteps) * p.denoising_strength)]
+        return self.func(Denoiser(p, cond, uncond, self._timestep), x, timesteps=timesteps)
+
+    def _timestep(self, p: Processing, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        return timestep.float(), _at(SIGMAS.log(), timestep.float()).exp()
+
+
+class Denoiser:
+    """Classifier-free guidance around the UNet: one call for both halves."""
+
+    def __init__(self, p: Processing, cond: Tensor, uncond: Tensor, timestep: Any) -> None:
+        self.p, self.cond, self.uncond, self.timestep, self.step = p, cond, uncond, timestep, 0
+
+    def __call__(self, x: Tensor, level: Tensor) -> Tensor:
+        p, web = self.p, self.p.web
+        self._switch_to_refiner()
+        if self.step == p.fails_at:
+            raise RuntimeError("out of memory")
+        self.step += 1
+        timestep, sigma = (value.reshape(1).repeat(2) for value in self.timestep(p, level))
+        args, kwargs = (torch.cat([x, x]), timestep), {"context": torch.cat([self.cond, self.uncond])}
+        if web.is_forge:
+            kwargs |= {"control": None, "transformer_options": {"sigmas": sigma}}
+        elif web.sd_model.is_sdxl:
+            args, kwargs = args[:1], kwargs | {"timesteps": timestep, "y": None}
+        unet = web.unet
+        out = unet(*args, **kwargs)
+        web.calls.append(Call(p, p.is_hr_pass, float(timestep[0]), args, kwargs, out.clone(), unet))
+        with_prompt, without = out.chunk(2)
+        return without + 3 * (with_prompt - without)
+
+    def _switch_to_refiner(self) -> None:
+        p, web = self.p, self.p.web
+        if (
+            p.refiner is None
+            or self.step != p.refiner_at
+            or web.sd_model.sd_checkpoint_info is p.refiner_checkpoint_info
+        ):
+            return
+        p.refiner()
+        if web.is_forge and not p.disable_extra_networks:
+            web.activate(p, p.extra_network_data)
+        p.setup_conds()
+        self.cond, self.uncond = (p.hr_c, p.hr_uc) if p.is_hr_pass else (p.c, p.uc)
+
+
+def to_timestep(sigma: Tensor) -> Tensor:
+    """Interpolated: A1111's timesteps are fractional."""
+    logs, wanted = SIGMAS.log(), sigma.reshape(-1).log()
+    high = torch.searchsorted(logs, wanted).clamp(1, 999)
+    low = high - 1
+    part = ((wanted - logs[low]) / (logs[high] - logs[low])).clamp(0, 1)
+    return (low + part).reshape(sigma.shape)
+
+
+def _at(values: Tensor, index: Tensor) -> Tensor:
+    index = index.float().clamp(0, len(values) - 1)
+    low, high, part = index.floor().long(), index.ceil().long(), index.frac()
+    return values[low] * (1 - part) + values[high] * part
+
+
+def _forge_model(unet: nn.Module, first: nn.Module, second: nn.Module | None, info: Any) -> Any:
+    inner = SimpleNamespace(diffusion_model=unet, predictor=Predictor())
+    loader = SimpleNamespace(backup={})
+    inner.lora_loader = loader
+    patcher = SimpleNamespace(model=inner, lora_loader=loader)
+    encoders = nn.Module()
+    for name, encoder in (("clip_l", first), ("clip_g", second)):
+        if encoder is not None:
+            encoders.add_module(name, nn.Module())
+            getattr(encoders, name).transformer = encoder
+    clip = SimpleNamespace(cond_stage_model=encoders, patcher=SimpleNamespace(model=encoders))
+    objects = ForgeObjects(patcher, clip)
+    return SimpleNamespace(
+        forge_objects=objects,
+        forge_objects_original=objects.shallow_copy(),
+        forge_objects_after_applying_lora=objects.shallow_copy(),
+        is_sdxl=second is not None,
+        sd_checkpoint_info=info,
+    )
+
+
+def _a1111_model(unet: nn.Module, first: nn.Module, second: nn.Module | None, info: Any) -> Any:
+    inner = nn.Module()
+    inner.diffusion_model = unet
+    mapping: dict[str, nn.Module] = {}
+    model = SimpleNamespace(
+        model=inner,
+        alphas_cumprod=ALPHAS,
+        is_sdxl=second is not None,
+        sd_checkpoint_info=info,
+        network_layer_mapping=mapping,
+    )
+    holders = [nn.Module()]
+    holders[0].transformer = first
+    if second is None:
+        model.cond_stage_model = SimpleNamespace(wrapped=holders[0])
+    else:
+        holders.append(nn.Module())
+        holders[1].model = second
+        sizes = nn.Module()
+        model.conditioner = SimpleNamespace(embedders=[*(SimpleNamespace(wrapped=h) for h in holders), sizes])
+    named = [(f"{i}_" if second else "", holder) for i, holder in enumerate(holders)]
+    for prefix, root in (*named, ("", inner)):
+        for name, module in root.named_modules():
+            key = prefix + name.replace(".", "_")
+            mapping[key] = module
+            module.network_layer_name = key
+    return model
+
+
+def pristine(web: WebUI) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """Copies of the UNet and the text encoders, on which nothing acts."""
+    copies = copy.deepcopy((web.unet, web.encoders))
+    for root in (copies[0], *copies[1].values()):
+        for module in root.modules():
+            module.network_layer_name = None
+            for table in (module._forward_hooks, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs):
+                table.clear()
+    return copies
+
+
+__all__ = ["CONTEXT", "WIDTH", "ImageProcessing", "Processing", "WebUI", "pristine"]
