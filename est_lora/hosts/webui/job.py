@@ -87,7 +87,7 @@ class Job:
             if self._given or tag.NAME in heeded or getattr(p, "enable_hr", False):
                 guard(p, self)
         try:
-            knobs = _knobs(self._given, heeded)
+            knobs = _knobs(self._given, heeded, [*(p.hr_prompts if second_pass else p.prompts), *p.negative_prompts])
             config = FusionConfig.of(knobs) if knobs else None
             if config is None or not config.enabled:
                 return
@@ -255,8 +255,18 @@ def unguard(p: Any) -> None:
             p.sample = before
 
 
-def _knobs(given: Mapping[str, object], tags: Mapping[str, Sequence[Any]]) -> dict[str, object]:
-    """What is asked for: by the prompt's tag, and where that says nothing by the panel or the API."""
+def _knobs(
+    given: Mapping[str, object], tags: Mapping[str, Sequence[Any]], texts: Sequence[str]
+) -> dict[str, object]:
+    """What is asked for: by the prompt's tag, and where that says nothing by the panel or the API.
+
+    `texts` are the prompts after the host has taken the tags out.
+    """
+    if any(f"<{tag.NAME}:" in text for text in texts):
+        raise EstLoraError(
+            f"A <{tag.NAME}:...> tag wasn't read: close it with >, write no # in it (a comment begins there; a hash goes"
+            " without), and put it into the prompt, not the negative one."
+        )
     found = tags.get(tag.NAME, ())
     if len(found) > 1:
         raise EstLoraError(f"The prompt has {len(found)} <{tag.NAME}:...> tags, and one fusion needs one: keep one.")

@@ -12,7 +12,7 @@ from est_lora.errors import EstLoraError, nearest, quote
 
 log = logging.getLogger(__name__)
 
-_HASH = re.compile(r"#([0-9a-fA-F]{12,64})")
+_HASH = re.compile(r"#?([0-9a-fA-F]{12,64})")
 _SHORT = 12
 _SUFFIX = ".safetensors"
 
@@ -44,12 +44,14 @@ class LoraList:
         self._networks.list_available_networks()
 
     def find(self, name: str) -> Any:
-        """The host's entry (`filename`, `name`, `shorthash`) for a name, an alias, or `#` and a hash.
+        """The host's entry (`filename`, `name`, `shorthash`) for a name, an alias, or a hash of 12 digits or more.
+
+        A hash may have a `#` before it; in prompts that begins a comment, so there it goes without.
 
         Raises:
             EstLoraError: there is none, or it isn't a safetensors file.
         """
-        entry = self._by_hash(name) if name.startswith("#") else self._by_name(name)
+        entry = self._by_name(name) or self._by_hash(name)
         if entry is None:
             names = self.names()
             near = [quote(near) for near in nearest(name, [*names, *self._aliases()])]
@@ -89,7 +91,7 @@ class LoraList:
         lookup = self._networks.available_network_hash_lookup
         unknown = [entry for entry in self._networks.available_networks.values() if not entry.hash]
         if short not in lookup and unknown:
-            log.warning("Hashing %d LoRA files, once, to find #%s.", len(unknown), short)
+            log.warning("Hashing %d LoRA files, once, to find %s.", len(unknown), short)
             for entry in unknown:
                 entry.read_hash()
                 if short in lookup:
