@@ -32,6 +32,7 @@ from tests.hosts.webui.networks import (
 
 ENTRY = Path(__file__).parents[3] / "scripts" / "est_lora.py"
 _TAG = re.compile(r"<(\w+):([^>]+)>")
+_COMMENT = re.compile(r"#[^\n]*(\n|$)")
 _BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 ALPHAS = torch.cumprod(1 - _BETAS, 0).float()
 SIGMAS = ((1 - ALPHAS) / ALPHAS) ** 0.5
@@ -230,7 +231,7 @@ class WebUI:
         """The prompts as the UNet takes them."""
         self.encodings += 1
         tokens = tokens_of(prompts)
-        return torch.cat([encoder(tokens) for encoder in self.encoders.values()], -1)
+        return torch.cat([encoder(tokens).float() for encoder in self.encoders.values()], -1)
 
     def load_into_same_modules(self, seed: int) -> None:
         """Another checkpoint's weights in the modules that are there."""
@@ -292,6 +293,10 @@ class WebUI:
         """All batches of a job."""
         p.all_prompts = p.prompt if isinstance(p.prompt, list) else [p.prompt] * p.n_iter
         p.all_hr_prompts = [p.hr_prompt or prompt for prompt in p.all_prompts]
+        p.all_prompts, p.all_hr_prompts = (
+            [_COMMENT.sub("\n", prompt) for prompt in prompts] for prompts in (p.all_prompts, p.all_hr_prompts)
+        )
+        p.negative_prompts = [p.negative_prompt]
         self.tell("process", p)
         pictures = []
         with torch.no_grad():
@@ -339,7 +344,7 @@ class Processing:
 
     def __init__(self, web: WebUI, prompt: str | list[str] = "a knight", *, args: Any = None, **knobs: Any) -> None:
         self.web = web
-        self.prompt, self.hr_prompt, self.n_iter = prompt, "", 1
+        self.prompt, self.hr_prompt, self.negative_prompt, self.n_iter = prompt, "", "", 1
         self.script_args = web.default_arguments() if args is None else list(args)
         self.steps, self.hr_second_pass_steps, self.denoising_strength = 5, 0, 0.6
         self.sampler_name, self.sampler = "Euler", None
@@ -379,7 +384,7 @@ class Processing:
             self.hr_c = None
             self.calculate_hr_conds()
             return
-        self.uc = self.conds("uc", [""], self.extra_network_data)
+        self.uc = self.conds("uc", self.negative_prompts, self.extra_network_data)
         self.c = self.conds("c", self.prompts, self.extra_network_data)
         self.hr_c = self.hr_uc = None
         if not self.enable_hr or self.hr_checkpoint is not None:
@@ -394,7 +399,7 @@ class Processing:
     def calculate_hr_conds(self) -> None:
         if self.hr_c is not None:
             return
-        self.hr_uc = self.conds("hr_uc", [""], self.hr_extra_network_data, "uc")
+        self.hr_uc = self.conds("hr_uc", self.negative_prompts, self.hr_extra_network_data, "uc")
         self.hr_c = self.conds("hr_c", self.hr_prompts, self.hr_extra_network_data, "c")
 
     def sample(self, conditioning, unconditional_conditioning, seeds, subseeds, subseed_strength, prompts) -> Tensor:

@@ -112,7 +112,8 @@ def test_names_may_be_aliases_or_hashes(web):
     assert same_latents(
         web,
         ("a knight <est:knight:ink>", {}),
-        (f"a knight <est:#{entries['knight'].shorthash}:#{entries['ink'].hash.upper()}>", {}),
+        (f"a knight <est:{entries['knight'].shorthash}:{entries['ink'].hash.upper()}>", {}),
+        ("a knight ", {"args": [{"subject": f"#{entries['knight'].shorthash}", "style": entries["ink"].shorthash}]}),
         ("a knight <est:knight:ink alias>", {}),
     )
 
@@ -122,7 +123,7 @@ def test_a_hash_that_nobody_has_asked_for_yet_is_found(web, by):
     known.read_hash()
     short = known.shorthash
     web.networks.list_available_networks()
-    p, _ = made(web, f"a knight <est:#{short}:ink>")
+    p, _ = made(web, f"a knight <est:{short}:ink>")
     assert not p.comments
     assert max(by.off_by(call) for call in web.calls) < TOLERANCE
 
@@ -165,7 +166,7 @@ REFUSED = [
     ("<est:knight:ink><est:stone:wood>", "The prompt has 2 <est:...> tags"),
     ("<est:knigth:ink>", "no LoRA 'knigth': did you mean 'knight'"),
     ("<est:qqqq:ink>", "no LoRA 'qqqq': there are 8 in its list"),
-    ("<est:#0123456789ab:ink>", "no LoRA '#0123456789ab'"),
+    ("<est:0123456789ab:ink>", "no LoRA '0123456789ab'"),
     ("<est:knight:knight>", "Subject and style are the same file, 'knight.safetensors'"),
     ("<est:knight>", "no style was given"),
     ("<est:knight:ink:2.5>", "subject_weight can't be '2.5'"),
@@ -177,6 +178,17 @@ REFUSED = [
     ("<est:giant:giantess>", "24 x 24"),
     ("<est:giant:ink>", "'giant.safetensors' doesn't fit this model"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "negative"),
+    [("a knight <est:knight:ink", ""), ("a knight <est:#0123456789ab:ink>", ""), ("a knight", f"blurry {PAIR}")],
+)
+def test_a_tag_that_the_host_could_not_read_is_pointed_out(web, by, prompt, negative):
+    p, _ = made(web, prompt, negative_prompt=negative)
+    (said,) = p.comments
+    assert said.startswith("A <est:...> tag wasn't read: close it with >")
+    assert all(by.plain_off_by(call) < TOLERANCE for call in web.calls)
 
 
 @pytest.mark.parametrize(("tag", "sentence"), REFUSED)
