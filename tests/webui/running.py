@@ -138,6 +138,7 @@ class Started:
         self._command = [python, "launch.py", *arguments, "--api", "--port", str(port)]
         self._address = f"http://127.0.0.1:{port}"
         self._process: subprocess.Popen[bytes] | None = None
+        self._linked: set[Path] = set()
         self._links = {
             folder / "extensions" / "est-lora": ROOT,
             folder / "extensions" / f"{_MARK}-probe": Path(__file__).parent / "probe",
@@ -148,6 +149,7 @@ class Started:
         for link, target in self._links.items():
             if not link.exists():
                 link.symlink_to(target, target_is_directory=True)
+                self._linked.add(link)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # how sums are rounded depends on the number of threads
         with self.log.open("wb") as stream:
             self._process = subprocess.Popen(
@@ -174,6 +176,5 @@ class Started:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        for link, target in self._links.items():
-            if link.is_symlink() and link.resolve() == target.resolve():
-                link.unlink()
+        while self._linked:
+            self._linked.pop().unlink()
