@@ -134,7 +134,7 @@ class WebUI:
     first_pass_conds_for_second: bool = False
 
     def __post_init__(self) -> None:
-        self.sd_model = self.checkpoint(seed=1)
+        self.sd_model = self.selected = self.checkpoint(seed=1)
         self.caches: dict[str, list[Any]] = {}
         self.encodings = 0
         self.callbacks = fakes.ScriptCallbacks()
@@ -204,8 +204,15 @@ class WebUI:
         first = Clip(kind, FIRST_WIDTH[family], seed + 1)
         info = SimpleNamespace(name=f"model-{seed}", seed=seed, family=family)
         if self.is_forge:
-            return _forge_model(unet, first, Clip(kind, SECOND_WIDTH, seed + 2) if xl else None, info)
-        return _a1111_model(unet, first, OpenClip(kind, SECOND_WIDTH, seed + 2) if xl else None, info)
+            model = _forge_model(unet, first, Clip(kind, SECOND_WIDTH, seed + 2) if xl else None, info)
+        else:
+            model = _a1111_model(unet, first, OpenClip(kind, SECOND_WIDTH, seed + 2) if xl else None, info)
+        model.selected_info = info
+        return model
+
+    def select(self, sd_model: Any) -> None:
+        """The user selects a checkpoint."""
+        self.sd_model = self.selected = sd_model
 
     @property
     def unet(self) -> nn.Module:
@@ -233,11 +240,24 @@ class WebUI:
         tokens = tokens_of(prompts)
         return torch.cat([encoder(tokens).float() for encoder in self.encoders.values()], -1)
 
-    def load_into_same_modules(self, seed: int) -> None:
+    def load_into_same_modules(self, other: Any) -> None:
         """Another checkpoint's weights in the modules that are there."""
-        other = self.checkpoint(seed)
-        self.unet.load_state_dict(self.unet_of(other).state_dict())
+        mine, self.sd_model = (self.unet, *self.encoders.values()), other
+        theirs, self.sd_model = (self.unet, *self.encoders.values()), self.selected
+        for model, weights in zip(mine, theirs):
+            model.load_state_dict(weights.state_dict())
+            for module in model.modules():
+                for name in ("network_weights_backup", "network_bias_backup", "network_current_names"):
+                    vars(module).pop(name, None)
         self.sd_model.sd_checkpoint_info = other.sd_checkpoint_info
+
+    def reload(self) -> None:
+        """The checkpoint that the user selected, after another one was loaded for a part of a picture."""
+        self.sd_model = self.selected
+        info = self.sd_model.selected_info
+        if self.sd_model.sd_checkpoint_info is not info:
+            self.load_into_same_modules(self.checkpoint(info.seed, info.family))
+            self.sd_model.sd_checkpoint_info = info
 
     # -- the user's own LoRAs
 
@@ -302,6 +322,7 @@ class WebUI:
         with torch.no_grad():
             for number, prompt in enumerate(p.all_prompts):
                 p.iteration = number
+                self.reload()
                 if self.is_forge:
                     self.sd_model.forge_objects = self.sd_model.forge_objects_original.shallow_copy()
                 self.tell("before_process_batch", p)
@@ -350,6 +371,7 @@ class Processing:
         self.sampler_name, self.sampler = "Euler", None
         self.disable_extra_networks = False
         self.refiner_checkpoint_info, self.refiner, self.refiner_at = None, None, 3
+        self.refines_pass = (False, True)
         self.hr_checkpoint: Any = None
         self.hr_checkpoint_info = None
         self.extra_generation_params: dict[str, Any] = {}
@@ -411,6 +433,7 @@ class Processing:
         latent = self.sampler.run(self, x, conditioning, unconditional_conditioning)
         if not self.enable_hr:
             return latent
+        web.reload()
         if self.hr_checkpoint is not None:
             web.sd_model = self.hr_checkpoint
         self.is_hr_pass = True
@@ -552,6 +575,7 @@ class Denoiser:
         p, web = self.p, self.p.web
         if (
             p.refiner is None
+            or p.is_hr_pass not in p.refines_pass
             or self.step != p.refiner_at
             or web.sd_model.sd_checkpoint_info is p.refiner_checkpoint_info
         ):

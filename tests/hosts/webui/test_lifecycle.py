@@ -235,7 +235,7 @@ def test_a_checkpoint_without_a_unet(web):
         def forward(self, x, timesteps=None, **kwargs):
             return torch.zeros_like(x)
 
-    web.sd_model = web.checkpoint(5, unet=Transformer())
+    web.select(web.checkpoint(5, unet=Transformer()))
     p, _ = made(web, f"a knight {PAIR}")
     (said,) = p.comments
     assert "this checkpoint has none: it is a Transformer" in said
@@ -246,7 +246,7 @@ def test_a_unet_whose_layers_are_never_called_is_said(web):
         def forward(self, x, timesteps=None, **kwargs):
             return x * 0.1
 
-    web.sd_model = web.checkpoint(5, unet=Compiled(FORGE if web.is_forge else A1111, 5))
+    web.select(web.checkpoint(5, unet=Compiled(FORGE if web.is_forge else A1111, 5)))
     p, _ = made(web, f"a knight {PAIR}")
     (said,) = p.comments
     assert said.startswith("EST-LoRA had no effect: this UNet runs in a compiled form")

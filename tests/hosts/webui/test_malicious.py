@@ -196,11 +196,11 @@ class Watch:
 
     def __enter__(self):
         self.events.clear()
-        self._started, self._is_on = time.perf_counter(), True
+        self._started, self._is_on = time.process_time(), True
 
     def __exit__(self, *_):
         self._is_on = False
-        self.seconds = time.perf_counter() - self._started
+        self.seconds = time.process_time() - self._started
 
     def _hear(self, event, arguments):
         if self._is_on and event in (

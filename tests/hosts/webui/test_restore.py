@@ -157,6 +157,16 @@ class TestEncodingFails:
         assert before.is_now()
         del kept
 
+    def test_the_next_picture_disregards_tags(self, web, by, before, monkeypatch):
+        kept = self.fail(web, monkeypatch)
+        p = Processing(web, "a knight", disable_extra_networks=True)
+        web.make(p)
+        assert close(p.c, by.plainly_encoded(["a knight"]))
+        assert max(by.plain_off_by(call) for call in web.calls) < TOLERANCE
+        assert backed_up(web.unet) == []
+        assert before.is_now()
+        del kept
+
     def test_the_same_job_is_made_again(self, web, by, before, monkeypatch):
         p = self.fail(web, monkeypatch)
         web.make(p)
@@ -175,20 +185,16 @@ def test_a_fusion_that_is_garbage_leaves_nothing(start, monkeypatch):
 
 
 class TestRefiner:
-    def job(self, web, kind, prompt=TAGGED, **knobs):
+    def job(self, web, kind, prompt=TAGGED, family=None, **knobs):
         p = Processing(web, prompt, **knobs)
-        other = web.checkpoint(7)
-        if kind == "object":
-            p.refiner_checkpoint_info = other.sd_checkpoint_info
+        p.other = web.checkpoint(7, family)
+        p.refiner_checkpoint_info = p.other.sd_checkpoint_info
 
-            def switch():
-                web.sd_model = other
-
-        else:
-
-            def switch():
-                web.load_into_same_modules(7)
-                p.refiner_checkpoint_info = web.sd_model.sd_checkpoint_info
+        def switch():
+            if kind == "object":
+                web.sd_model = p.other
+            else:
+                web.load_into_same_modules(p.other)
 
         p.refiner = switch
         return p
@@ -212,46 +218,64 @@ class TestRefiner:
         assert "sample" not in vars(p)
 
     @pytest.mark.parametrize("kind", ["object", "modules"])
-    def test_leaves_weights_alone(self, web, kind):
-        old, untouched = web.sd_model, state_hash(web)
-        p = self.job(web, kind)
-        web.make(p)
-        if kind == "object":
-            web.sd_model = old
-            assert state_hash(web) == untouched
-        assert backed_up(web.unet) == []
+    def test_every_batch_begins_with_the_fusion(self, web, by, before, kind):
+        web.make(self.job(web, kind, [TAGGED, "a knight", TAGGED]))
+        for batch in (0, 10):
+            assert max(by.off_by(call) for call in web.calls[batch : batch + 3]) < TOLERANCE
+        assert max(by.plain_off_by(call) for call in web.calls[5:8]) < TOLERANCE
+        web.reload()
+        assert before.is_now()
 
-    def test_what_it_encoded_is_not_taken_for_a_fusion(self, web, by, files):
+    @pytest.mark.parametrize("hires", ["same", "off"])
+    @pytest.mark.parametrize("refined", [False, True])
+    @pytest.mark.parametrize("kind", ["object", "modules"])
+    def test_in_one_of_two_passes(self, web, by, before, kind, refined, hires):
+        prompt = f"a knight <est:knight:ink:hires={hires}>"
+        p = self.job(web, kind, prompt, enable_hr=True, refines_pass=(refined,), refiner_at=2)
+        web.make(p)
+        first = [call for call in web.calls if not call.second_pass]
+        second = [call for call in web.calls if call.second_pass]
+        (second if refined else first)[2:] = []
+        assert max(by.off_by(call) for call in first) < TOLERANCE
+        if hires == "same":
+            assert max(by.off_by(call) for call in second) < TOLERANCE
+        else:
+            assert max(by.plain_off_by(call) for call in second) < TOLERANCE
+        assert p.extra_generation_params["EST-LoRA subject"] == "knight"
+        web.reload()
+        assert before.is_now()
+        assert "sample" not in vars(p)
+
+    @pytest.mark.parametrize("kind", ["object", "modules"])
+    def test_leaves_weights_alone(self, web, before, kind):
+        web.make(self.job(web, kind))
+        assert backed_up(web.unet) == []
+        web.reload()
+        assert before.is_now()
+
+    def test_what_it_encoded_is_not_taken_for_a_fusion(self, web, files):
         p = self.job(web, "object")
         web.make(p)
-        again = Processing(web, TAGGED)  # the refiner is the checkpoint that is loaded now
-        by = Bystander(web, files)
+        web.select(p.other)
+        by, again = Bystander(web, files), Processing(web, TAGGED)
         web.make(again)
         assert close(again.c, by.encoded(["a knight "]))
 
-    def test_of_another_family_changes_nothing_of_what_was_made(self, start, files):
-        web = start("forge")
-        by = Bystander(web, files)
-        p = Processing(web, TAGGED)
-        other = web.checkpoint(7, family="sdxl")
-        p.refiner_checkpoint_info = other.sd_checkpoint_info
-
-        def switch():
-            web.sd_model = other
-
-        p.refiner = switch
+    @pytest.mark.parametrize("flavour", ["a1111", "forge"])
+    def test_of_another_family_changes_nothing_of_what_was_made(self, start, files, flavour):
+        web = start(flavour)
+        by, p = Bystander(web, files), self.job(web, "object", family="sdxl")
         web.make(p)
         assert max(by.off_by(call) for call in web.calls[:3]) < TOLERANCE
         assert p.extra_generation_params["EST-LoRA subject"] == "knight"
         assert "EST-LoRA off" not in p.extra_generation_params
-        assert not any("without EST-LoRA." in said for said in p.comments)
+        assert list(p.comments) == ["The refiner drew its part without EST-LoRA: a plan is made for one checkpoint."]
         assert "sample" not in vars(p)
 
     def test_in_a_plain_picture(self, web, before):
         p = self.job(web, "object", "a knight")
-        old = web.sd_model
         web.make(p)
-        web.sd_model = old
+        web.reload()
         assert before.is_now()
         assert not p.comments
 
