@@ -101,7 +101,7 @@ class Field:
         raise EstLoraError(f"{self.key} can't be {quote(value)}: it is {self.range}.")
 
     def _parse_switch(self, value: object) -> bool:
-        word = str(value).casefold() if isinstance(value, (bool, int, str)) else ""
+        word = str(value).casefold() if isinstance(value, str) or value in (0, 1) else ""
         if word in _SWITCH:
             return _SWITCH[word]
         raise EstLoraError(f"{self.key} can't be {quote(value)}: it is {' or '.join(self.range.split(', '))}.")

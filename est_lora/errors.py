@@ -18,7 +18,7 @@ def quote(value: object) -> str:
     """`value` as it may stand in a message: one line, in quotes, cut at 80 characters (a path keeps its end)."""
     try:
         text = str(value)
-    except ValueError:  # a number of thousands of digits
+    except (ValueError, RecursionError):  # a number of thousands of digits, a list of lists of lists ...
         text = f"a very long {type(value).__name__}"
     if len(text) > _LONGEST_QUOTE:
         text = f"...{text[-_LONGEST_QUOTE:]}" if isinstance(value, PurePath) else f"{text[:_LONGEST_QUOTE]}..."

@@ -46,6 +46,7 @@ class FusionSession:
         self.tau: float | None = None
         self.missing: tuple[str, ...] = ()
         self._layers: list[tuple[BranchLayer, LayerPlan, nn.Module]] = []
+        self._ran = False
         self._starts: list[float] = []
         self._interval: int | None = None
         self._release: weakref.finalize | None = None  # type: ignore[type-arg]
@@ -59,8 +60,8 @@ class FusionSession:
 
     @property
     def ran(self) -> bool:
-        """Whether any layer was called since `attach`."""
-        return any(layer.ran for layer, _, _ in self._layers)
+        """Whether any layer was called since the last `attach`."""
+        return self._ran or any(layer.ran for layer, _, _ in self._layers)
 
     @property
     def remarks(self) -> list[str]:
@@ -96,6 +97,7 @@ class FusionSession:
             self.detach()
             remove_branches(self.model)  # an interrupt may fall between hanging a hook and noting its handle
             raise
+        self._ran = False
         self._layers = layers
         self._starts = sorted({segment.start for _, plan, _ in layers for segment in plan.segments})
         self._interval = None
@@ -119,6 +121,7 @@ class FusionSession:
         """Leaves the model as it was. May be called at any time, and again."""
         if self._release is not None:
             self._release()
+        self._ran = self.ran
         self._layers = []
 
     def __enter__(self) -> FusionSession:

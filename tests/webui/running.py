@@ -39,6 +39,7 @@ class Running:
         self.folder = folder
         self.has_probe = has_probe
         self.api = webuiapi.WebUIApi(baseurl=f"{self.address}/sdapi/v1")
+        self.api.session.headers["Connection"] = "close"  # after an error the host closes it without a word
         self.is_forge = (folder / "backend").is_dir() or (folder / "ldm_patched").is_dir()
         self.seconds = 0.0
         self._family = ""

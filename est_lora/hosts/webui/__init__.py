@@ -30,7 +30,7 @@ def begin(p: Any, arguments: tuple[object, ...]) -> None:
 def prompts_read(p: Any, tags: Any) -> None:
     """The tags of a batch's prompts, or of the second pass's, have been taken out of them."""
     second_pass = tags is getattr(p, "hr_extra_network_data", None)
-    getattr(p, _ATTRIBUTE).prepare(tags, second_pass=second_pass)
+    getattr(p, _ATTRIBUTE).prepare(second_pass=second_pass)
 
 
 def before_sampling(p: Any) -> None:

@@ -106,8 +106,13 @@ class A1111Host(Host):
                 for owner in {self._owner(key)[0] for key in layers}:  # at once, not at their next call
                     networks.network_apply_weights(owner)
 
-    def tidy(self) -> None:
-        """The host clears its list before each picture."""
+    def tidy(self) -> int:
+        """The network of ours in the host's list; what it merged, the host takes out at each layer's next call."""
+        loaded = getattr(sys.modules.get("networks"), "loaded_networks", [])
+        stale = [network for network in loaded if isinstance(network, _Network)]
+        for network in stale:
+            loaded.remove(network)
+        return len(stale)
 
     def backup(self, name: str, module: nn.Module) -> Tensor | None:
         """As the built-in Lora extension keeps it."""
@@ -180,9 +185,13 @@ class _Layer:
         return output + functional.linear(x.float(), change, bias).to(output.dtype)
 
 
-def _network(plan: FusionPlan, layers: dict[str, _Layer]) -> Any:
+class _Network(SimpleNamespace):
+    """What the host's list of networks holds."""
+
+
+def _network(plan: FusionPlan, layers: dict[str, _Layer]) -> _Network:
     config = plan.config
-    return SimpleNamespace(
+    return _Network(
         # The host takes layers whose networks' names and strengths haven't changed for up to date.
         name=f"est-lora {plan.subject.path} {plan.style.path} {config.method}",
         te_multiplier=config.subject_te,

@@ -83,11 +83,9 @@ class ForgeHost(Host):
                     missing += session.missing
             yield missing
 
-    def tidy(self) -> None:
+    def tidy(self) -> int:
         """Hooks of ours on text encoders."""
-        for encoders in self._encoders.values():
-            for encoder in encoders.values():
-                remove_branches(encoder)
+        return sum(remove_branches(encoder) for encoders in self._encoders.values() for encoder in encoders.values())
 
     def backup(self, name: str, module: nn.Module) -> Tensor | None:
         """As the patcher keeps it while a LoRA is merged."""

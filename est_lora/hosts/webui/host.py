@@ -52,8 +52,8 @@ class Host(ABC):
         """While it lasts, text is encoded with both files' parts; it yields the names of layers that aren't there."""
 
     @abstractmethod
-    def tidy(self) -> None:
-        """Takes off what a fusion that ended badly may have left on the text encoders."""
+    def tidy(self) -> int:
+        """Takes off what a fusion that ended badly may have left on the text encoders; returns how much there was."""
 
     @abstractmethod
     def backup(self, name: str, module: nn.Module) -> Tensor | None:

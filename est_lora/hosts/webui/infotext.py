@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from est_lora import __version__
@@ -13,7 +14,6 @@ _VERSION = "EST-LoRA version"
 _OFF = "EST-LoRA off"
 _HASHES = "Lora hashes"
 _INFOTEXT = {field.key: field.infotext for field in FIELDS}
-_FILES = (_INFOTEXT["subject"], _INFOTEXT["style"])
 
 
 def write(p: Any, plan: FusionPlan, subject: Any, style: Any) -> None:
@@ -23,8 +23,9 @@ def write(p: Any, plan: FusionPlan, subject: Any, style: Any) -> None:
     written |= {_INFOTEXT["subject"]: subject.name, _INFOTEXT["style"]: style.name}
     written |= {_INFOTEXT["beta"]: round(plan.beta, 6), _VERSION: __version__}
     # In the host's own table, from which it writes its line again before a second pass.
-    p.lora_hashes = getattr(p, "lora_hashes", {})
-    p.lora_hashes |= {entry.name: entry.shorthash for entry in (subject, style) if entry.shorthash}
+    p.lora_hashes = _Hashes(
+        getattr(p, "lora_hashes", {}), {entry.name: entry.shorthash for entry in (subject, style) if entry.shorthash}
+    )
     _write_hashes(p)
 
 
@@ -36,12 +37,22 @@ def refuse(p: Any, why: str) -> None:
 
 def clear(p: Any) -> None:
     """Takes out what was written for an earlier batch of the same job."""
-    written = p.extra_generation_params
-    for key in _FILES:
-        getattr(p, "lora_hashes", {}).pop(written.get(key), None)
     for key in (_VERSION, _OFF, *_INFOTEXT.values()):
-        written.pop(key, None)
+        p.extra_generation_params.pop(key, None)
+    if isinstance(hashes := getattr(p, "lora_hashes", {}), _Hashes):
+        p.lora_hashes = hashes.without_ours()
     _write_hashes(p)
+
+
+class _Hashes(dict[str, str]):
+    """The host's table of hashes by name, with ours in it."""
+
+    def __init__(self, theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:
+        super().__init__({**theirs, **ours})
+        self._added = ours.keys() - theirs.keys()
+
+    def without_ours(self) -> dict[str, str]:
+        return {name: short for name, short in self.items() if name not in self._added}
 
 
 def _write_hashes(p: Any) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 # The tags of a prompt are part of what the host remembers an encoded prompt by; this is what we add to them.
 _ENCODED_WITH = "est-lora text encoders"
 _RESTORES = "est_lora_restores"
+_REFINED = "The refiner drew its part without EST-LoRA: a plan is made for one checkpoint."
 
 
 def host_of(p: Any) -> Host:
@@ -56,6 +57,7 @@ class Job:
 
     Attributes:
         session: what is on the UNet at the moment; None between samplings.
+        is_sampling: whether the host is between the beginning of the first pass and the end of the last.
     """
 
     def __init__(self, p: Any, given: Mapping[str, object]) -> None:
@@ -63,24 +65,29 @@ class Job:
         self._p = p
         self._given = given
         self.session: FusionSession | None = None
+        self.is_sampling = False
+        self._second_pass = False
         self._fusion: Fusion | None = None
         self._plans: dict[tuple[object, ...], FusionPlan] = {}
         self._text = ExitStack()
         self._sampling = ExitStack()
 
-    def prepare(self, tags: MutableMapping[str, Sequence[Any]], *, second_pass: bool = False) -> None:
-        """The prompts of a batch have been read: decides what will be done, and has text encoded accordingly.
+    def prepare(self, *, second_pass: bool = False) -> None:
+        """The prompts of a batch, or of a hires fix's second pass, have been read.
 
-        From here to the end of sampling the model is changed; a second pass is within the first one's guard.
-
-        Args:
-            tags: the host's `extra_network_data`, the tags of the prompt by their names; it is written to.
-            second_pass: they are those of a hires fix's second pass.
+        Decides what will be done, and has text encoded accordingly. From here to the end of sampling the model is
+        changed; a second pass is within the first one's guard.
         """
         self.release()
         p = self._p
-        tags.pop(_ENCODED_WITH, None)
-        heeded: Mapping[str, Sequence[Any]] = {} if p.disable_extra_networks else tags
+        _tidy(p)
+        _mark(p, None, second_pass)
+        if self.is_sampling and not second_pass:  # Forge reads them once more when it has loaded a refiner
+            self.say(_REFINED)
+            return
+        self._second_pass = second_pass
+        tags: Mapping[str, Sequence[Any]] = p.hr_extra_network_data if second_pass else p.extra_network_data
+        heeded = {} if p.disable_extra_networks else tags
         if not second_pass:
             infotext.clear(p)
             unguard(p)
@@ -104,7 +111,7 @@ class Job:
             return
         self._fusion = fusion
         if fusion.plan.text_layers:
-            tags[_ENCODED_WITH] = [_encoded_with(fusion)]
+            _mark(p, _encoded_with(fusion), second_pass)
         if not second_pass:
             infotext.write(p, fusion.plan, fusion.subject, fusion.style)
         for remark in [*_counted_twice(fusion, heeded), *_text_remarks(missing)]:
@@ -115,11 +122,11 @@ class Job:
         p, fusion = self._p, self._fusion
         self._text.close()
         self._sampling.close()
-        host = host_of(p)
-        tidy(host)
+        _tidy(p)
         if fusion is None:
             return
         try:
+            host = host_of(p)
             if fusion.host.unet is not host.unet or fusion.host.checkpoint is not host.checkpoint:
                 fusion = self._fusion_of(fusion.plan.config)  # a hires fix with a checkpoint of its own
             self._attach(fusion)
@@ -163,7 +170,7 @@ class Job:
         p = self._p
         loaded = getattr(p.sd_model, "sd_checkpoint_info", None)
         if loaded is not host.checkpoint and loaded is getattr(p, "refiner_checkpoint_info", None):
-            self.say("The refiner drew its part without EST-LoRA: a plan is made for one checkpoint.")
+            self.say(_REFINED)
         elif session.tau is not None and not session.ran:
             self._refuse(
                 EstLoraError(
@@ -194,8 +201,9 @@ class Job:
     def _refuse(self, error: EstLoraError) -> None:
         self._fusion = None
         self._text.close()
-        infotext.refuse(self._p, str(error))
-        self.say(f"{error} The picture was made without EST-LoRA.")
+        if not self._second_pass:
+            infotext.refuse(self._p, str(error))
+        self.say(f"{error} The {'second pass' if self._second_pass else 'picture'} was made without EST-LoRA.")
 
     def _fail(self, error: Exception) -> None:
         log.error("EST-LoRA failed.", exc_info=error)
@@ -220,15 +228,16 @@ class Progress:
             self._session.detach()
 
 
-def tidy(host: Host) -> None:
+def _tidy(p: Any) -> None:
     """Takes off the model what a fusion that ended badly has left there."""
-    hooks = host.unet._forward_pre_hooks
-    for key in [key for key, hook in hooks.items() if isinstance(hook, Progress)]:
-        del hooks[key]
-        host.unet._forward_pre_hooks_with_kwargs.pop(key, None)
-    if remove_branches(host.unet):
-        log.warning("An earlier fusion was still on the UNet; it has been taken off.")
-    host.tidy()
+    with suppress(AttributeError):  # of a model that is built otherwise, and can't have anything of ours
+        host = host_of(p)
+        hooks = host.unet._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if isinstance(hook, Progress)]:
+            del hooks[key]
+            host.unet._forward_pre_hooks_with_kwargs.pop(key, None)
+        if remove_branches(host.unet) + host.tidy():
+            log.warning("An earlier fusion was still on the model; it has been taken off.")
 
 
 def guard(p: Any, job: Job) -> None:
@@ -237,9 +246,11 @@ def guard(p: Any, job: Job) -> None:
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
         unguard(p)
+        job.is_sampling = True
         try:
             return sample(*args, **kwargs)
         finally:
+            job.is_sampling = False
             job.release()
 
     setattr(guarded, _RESTORES, sample if was_there else None)
@@ -255,9 +266,7 @@ def unguard(p: Any) -> None:
             p.sample = before
 
 
-def _knobs(
-    given: Mapping[str, object], tags: Mapping[str, Sequence[Any]], texts: Sequence[str]
-) -> dict[str, object]:
+def _knobs(given: Mapping[str, object], tags: Mapping[str, Sequence[Any]], texts: Sequence[str]) -> dict[str, object]:
     """What is asked for: by the prompt's tag, and where that says nothing by the panel or the API.
 
     `texts` are the prompts after the host has taken the tags out.
@@ -284,7 +293,22 @@ def _encoded_with(fusion: Fusion) -> str:
     files = (
         (Path(entry.filename), Path(entry.filename).stat().st_mtime_ns) for entry in (fusion.subject, fusion.style)
     )
-    return repr((config.method, config.subject_te, config.style_te, *files))
+    # The checkpoint too: a refiner's prompts are encoded under the same tags, and without us.
+    return repr(
+        (config.method, config.subject_te, config.style_te, getattr(fusion.host.checkpoint, "name", None), *files)
+    )
+
+
+def _mark(p: Any, encoded_with: str | None, second_pass: bool) -> None:
+    """Writes into the tags what text is encoded with, by which the host remembers it.
+
+    Always into a new dict: the old one may be what an encoded prompt is remembered by already. The first pass's goes to
+    the second one's tags too: a setting of the host has it encode both at once.
+    """
+    for name in ("hr_extra_network_data",) if second_pass else ("extra_network_data", "hr_extra_network_data"):
+        if (tags := getattr(p, name, None)) is not None:
+            unmarked = {word: found for word, found in tags.items() if word != _ENCODED_WITH}
+            setattr(p, name, unmarked if encoded_with is None else {**unmarked, _ENCODED_WITH: [encoded_with]})
 
 
 def _counted_twice(fusion: Fusion, tags: Mapping[str, Sequence[Any]]) -> Iterator[str]:

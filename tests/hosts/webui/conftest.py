@@ -9,41 +9,6 @@ import pytest
 from tests.hosts.webui import loras
 from tests.hosts.webui.host import WebUI
 
-# What the extension doesn't do yet, by the tests that say so; a test that passes has to leave this table.
-KNOWN = {
-    "TestEncodingFails::test_the_next_picture_is_plain[forge]": "hooks stay on text encoders until the next sampling",
-    "TestEncodingFails::test_the_next_fusion_is_its_own[forge]": "hooks stay on text encoders until the next sampling",
-    "TestEncodingFails::test_the_next_picture_disregards_tags": "what is on text encoders stays until the next sampling",
-    "TestRefiner::test_draws_its_part_alone[forge-object]": "Forge reads the prompts again when it switches",
-    "TestRefiner::test_draws_its_part_alone[forge-modules]": "Forge reads the prompts again when it switches",
-    "TestRefiner::test_in_one_of_two_passes[forge-object-False-same]": "Forge reads the prompts again when it switches",
-    "TestRefiner::test_in_one_of_two_passes[forge-object-False-off]": "Forge reads the prompts again when it switches",
-    "TestRefiner::test_in_one_of_two_passes[forge-object-True-same]": "Forge reads the prompts again when it switches",
-    "TestRefiner::test_in_one_of_two_passes[forge-object-True-off]": "Forge reads the prompts again when it switches",
-    "TestRefiner::test_in_one_of_two_passes[forge-modules-False-same]": "Forge reads the prompts again when it switches",
-    "TestRefiner::test_in_one_of_two_passes[forge-modules-False-off]": "Forge reads the prompts again when it switches",
-    "TestRefiner::test_in_one_of_two_passes[forge-modules-True-same]": "Forge reads the prompts again when it switches",
-    "TestRefiner::test_in_one_of_two_passes[forge-modules-True-off]": "Forge reads the prompts again when it switches",
-    "TestRefiner::test_in_one_of_two_passes[a1111-modules-False-same]": "taken for a compiled model",
-    "TestRefiner::test_in_one_of_two_passes[a1111-modules-False-off]": "taken for a compiled model",
-    "TestRefiner::test_of_another_family_changes_nothing_of_what_was_made[forge]": "Forge reads the prompts again when it switches",
-    "TestRefiner::test_what_it_encoded_is_not_taken_for_a_fusion[a1111]": "the mark doesn't tell the checkpoint",
-    "test_a_lora_in_the_prompt_keeps_its_hash_when_the_next": "a hash is taken out by its name",
-    "test_a_second_pass_that_fails_alone": "a second pass that is refused takes the first one's text with it",
-    "test_plain_after_fusion_where_the_second_pass_takes_the_firsts_conds[a1111-off]": "no mark on the second pass's tags",
-    "test_plain_after_fusion_where_the_second_pass_takes_the_firsts_conds[forge-off]": "no mark on the second pass's tags",
-    "test_plain_after_a_fusion_that_failed_where": "no mark on the second pass's tags",
-    "test_a_very_deep_value": "quoting is recursive",
-    "test_a_very_long_number_is_refused_like_any_other[enabled]": "a switch is read through its digits",
-}
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        for name, reason in KNOWN.items():
-            if name in item.nodeid:
-                item.add_marker(pytest.mark.xfail(strict=True, reason=reason))
-
 
 @pytest.fixture(scope="session")
 def made_loras(tmp_path_factory):

@@ -79,10 +79,12 @@ class Probe(scripts.Script):
                 height=p.height,
                 cfg_scale=p.cfg_scale,
                 sampler_name=p.sampler_name,
+                scheduler=p.scheduler,
                 denoising_strength=0.5,
                 do_not_save_samples=True,
                 do_not_save_grid=True,
             )
+            inner.distilled_cfg_scale = getattr(p, "distilled_cfg_scale", None)
             inner.scripts = scripts.scripts_img2img
             inner.script_args = [None] * 1000
             processing.process_images(inner)
@@ -94,7 +96,8 @@ class Probe(scripts.Script):
         if not asked:
             return
         model = unet(p)
-        seen["hooks"] = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+        modules = [module for each in (model, *encoders(p)) for module in each.modules()]
+        seen["hooks"] = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
         seen["sample_replaced"] = "sample" in vars(p)
         networks = sys.modules.get("networks")
         seen["networks"] = [net.name for net in getattr(networks, "loaded_networks", [])]
