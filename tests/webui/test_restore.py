@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
@@ -45,7 +46,8 @@ def test_an_exception_inside_sampling(clean, knobs):
 def test_a_job_inside_a_job(clean, knobs):
     tag = f"a red cat<est:{knobs['subject']}:{knobs['style']}>"
     alone = clean.pictures(tag, n_iter=2)[0]
-    nested = clean.pictures(tag, n_iter=2, probe={"nested": True})[0]
+    nested, info = clean.pictures(tag, n_iter=2, probe={"nested": True})
+    assert json.loads(info["extra_generation_params"]["probe"])["nested"] == 1
     for one, other in zip(alone, nested):
         assert furthest(one, other) == 0
 

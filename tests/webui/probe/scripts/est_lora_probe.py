@@ -5,6 +5,7 @@ Its one argument is a dict; what it saw comes back as JSON in the picture's para
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -70,6 +71,7 @@ class Probe(scripts.Script):
     def postprocess_image(self, p, pp, *args):
         """Starts a job of its own in the middle of another, as ADetailer does."""
         if getattr(p, _ASKED, {}).get("nested"):
+            getattr(p, _SEEN)["nested"] = 0
             inner = processing.StableDiffusionProcessingImg2Img(
                 init_images=[pp.image],
                 prompt=p.prompt,
@@ -85,9 +87,12 @@ class Probe(scripts.Script):
                 do_not_save_grid=True,
             )
             inner.distilled_cfg_scale = getattr(p, "distilled_cfg_scale", None)
-            inner.scripts = scripts.scripts_img2img
-            inner.script_args = [None] * 1000
-            processing.process_images(inner)
+            runner = copy.copy(scripts.scripts_img2img)
+            runner.alwayson_scripts = [script for script in runner.alwayson_scripts if script.title() == "EST-LoRA"]
+            runner.callback_map = {}
+            inner.scripts = runner
+            inner.script_args = [None] * len(runner.inputs)
+            getattr(p, _SEEN)["nested"] = len(processing.process_images(inner).images)
 
     def postprocess_batch(self, p, *args, **kwargs):
         """Reports."""
