@@ -127,6 +127,7 @@ def test_from_a_picture(webui, sd15, masked):
         mask = Image.new("L", (64, 64))
         mask.paste(255, (16, 16, 48, 48))
         start |= {"mask": b64_img(mask), "inpainting_fill": 1}
+    webui.picture(f"a red cat<lora:{style}:1>", **start)  # Forge's first masked picture with a LoRA is another one
     theirs = webui.picture(f"a red cat<lora:{style}:1>", **start)
     ours = webui.picture(est=est(subject, style, method="style"), **start)
     assert furthest(ours, theirs) <= 1

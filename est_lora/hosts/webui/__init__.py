@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from est_lora.hosts.webui import api, panel
+from est_lora.hosts.webui import api, panel, tags
 from est_lora.hosts.webui.job import Job
 
 __all__ = ["before_sampling", "begin", "panel", "prompts_read", "register"]
@@ -16,6 +16,7 @@ def register() -> None:
     """Enters us into the host's callbacks; to be called each time that it has cleared them."""
     from modules import script_callbacks
 
+    script_callbacks.on_before_ui(lambda: tags.register(begin))  # earlier, and the host would forget it
     script_callbacks.on_app_started(lambda _, app: api.add_routes(app))
     script_callbacks.on_script_unloaded(api.guard_requests())
 
@@ -27,9 +28,9 @@ def begin(p: Any, arguments: tuple[object, ...]) -> None:
     setattr(p, _ATTRIBUTE, Job(p, panel.read(arguments)))
 
 
-def prompts_read(p: Any, tags: Any) -> None:
+def prompts_read(p: Any, found: Any) -> None:
     """The tags of a batch's prompts, or of the second pass's, have been taken out of them."""
-    second_pass = tags is getattr(p, "hr_extra_network_data", None)
+    second_pass = found is getattr(p, "hr_extra_network_data", None)
     getattr(p, _ATTRIBUTE).prepare(second_pass=second_pass)
 
 

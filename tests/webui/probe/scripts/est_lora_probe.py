@@ -71,7 +71,7 @@ class Probe(scripts.Script):
     def postprocess_image(self, p, pp, *args):
         """Starts a job of its own in the middle of another, as ADetailer does."""
         if getattr(p, _ASKED, {}).get("nested"):
-            getattr(p, _SEEN)["nested"] = 0
+            getattr(p, _SEEN)["nested"] = []
             inner = processing.StableDiffusionProcessingImg2Img(
                 init_images=[pp.image],
                 prompt=p.prompt,
@@ -88,11 +88,11 @@ class Probe(scripts.Script):
             )
             inner.distilled_cfg_scale = getattr(p, "distilled_cfg_scale", None)
             runner = copy.copy(scripts.scripts_img2img)
-            runner.alwayson_scripts = [script for script in runner.alwayson_scripts if script.title() == "EST-LoRA"]
-            runner.callback_map = {}
+            runner.alwayson_scripts = []
             inner.scripts = runner
             inner.script_args = [None] * len(runner.inputs)
-            getattr(p, _SEEN)["nested"] = len(processing.process_images(inner).images)
+            made = processing.process_images(inner)
+            getattr(p, _SEEN)["nested"] = [*made.extra_generation_params]
 
     def postprocess_batch(self, p, *args, **kwargs):
         """Reports."""
