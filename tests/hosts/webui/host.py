@@ -390,7 +390,8 @@ class Processing:
     def conds(self, name: str, prompts: list[str], tags: Any, *others: str) -> Tensor:
         """Encoded prompts, from the cache where nothing that the host looks at has changed."""
         web = self.web
-        key = (prompts, self.steps, web.sd_model.sd_checkpoint_info, tags)
+        hires_steps = (self.hr_second_pass_steps or self.steps) if name.startswith("hr_") else None
+        key = (prompts, self.steps, hires_steps, web.sd_model.sd_checkpoint_info, tags)
         for place in (name, *others):
             cache = web.caches.setdefault(place, [None, None])
             if cache[0] is not None and cache[0] == key:

@@ -142,6 +142,13 @@ def test_in_a_job_that_disregards_tags(web, by):
     assert close(made(web).c, by.plainly_encoded(["a knight "]))
 
 
+def test_a_second_pass_after_one_that_disregarded_tags(web, by):
+    made(web, args=[PANEL], enable_hr=True, disable_extra_networks=True)
+    assert close(made(web, args=[PANEL], enable_hr=True).hr_c, by.encoded(["a knight "]))
+    assert close(made(web, enable_hr=True, disable_extra_networks=True).hr_c, by.plainly_encoded(["a knight "]))
+    assert close(made(web, enable_hr=True).hr_c, by.plainly_encoded(["a knight "]))
+
+
 def test_layers_that_the_checkpoint_does_not_have_are_said(start, made_loras):
     web = start("forge", "sdxl")
     del web.sd_model.forge_objects.clip.cond_stage_model.clip_g

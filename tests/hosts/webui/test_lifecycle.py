@@ -378,6 +378,17 @@ class TestHires:
         assert max(by.off_by(call) for call in first) < TOLERANCE
         assert max(by.plain_off_by(call) for call in second) < TOLERANCE
 
+    @pytest.mark.parametrize("hires", ["same", "style", "off"])
+    def test_what_it_does_where_tags_are_disregarded(self, web, by, hires):
+        made(web, args=[{**PANEL, "hires": hires}], enable_hr=True, disable_extra_networks=True)
+        first, second = self.passes(web)
+        assert max(by.off_by(call) for call in first) < TOLERANCE
+        if hires == "off":
+            assert max(by.plain_off_by(call) for call in second) < TOLERANCE
+        else:
+            method = "est" if hires == "same" else hires
+            assert max(by.off_by(call, method=method) for call in second) < TOLERANCE
+
     def test_the_clock_of_steps_goes_on(self, web, by):
         made(
             web, "a knight <est:knight:ink:clock=step>", enable_hr=True, denoising_strength=0.5, hr_second_pass_steps=4

@@ -272,8 +272,9 @@ class TestRefiner:
         assert list(p.comments) == ["The refiner drew its part without EST-LoRA: a plan is made for one checkpoint."]
         assert "sample" not in vars(p)
 
-    def test_in_a_plain_picture(self, web, before):
-        p = self.job(web, "object", "a knight")
+    @pytest.mark.parametrize("hires", [False, True])
+    def test_in_a_plain_picture(self, web, before, hires):
+        p = self.job(web, "object", "a knight", enable_hr=hires)
         web.make(p)
         web.reload()
         assert before.is_now()
