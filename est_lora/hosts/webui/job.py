@@ -78,12 +78,14 @@ class Job:
         Decides what will be done, and has text encoded accordingly. From here to the end of sampling the model is
         changed; a second pass is within the first one's guard.
         """
+        was_fused = self.session is not None
         self.release()
         p = self._p
         _tidy(p)
         _mark(p, None, second_pass)
         if self.is_sampling and not second_pass:  # Forge reads them once more when it has loaded a refiner
-            self.say(_REFINED)
+            if was_fused:
+                self.say(_REFINED)
             return
         self._second_pass = second_pass
         tags: Mapping[str, Sequence[Any]] = p.hr_extra_network_data if second_pass else p.extra_network_data
@@ -98,7 +100,7 @@ class Job:
             config = FusionConfig.of(knobs) if knobs else None
             if config is None or not config.enabled:
                 return
-            config = _for_pass(config, second_pass)
+            config = _for_pass(config, second_pass=second_pass)
             if config is None:
                 return
             fusion = self._fusion_of(config)
@@ -126,6 +128,11 @@ class Job:
         if fusion is None:
             return
         try:
+            if getattr(p, "is_hr_pass", False) and not self._second_pass:  # the host disregards tags, and told nobody
+                config = _for_pass(fusion.plan.config, second_pass=True)
+                if config is None:
+                    return
+                fusion = self._fusion_of(config)
             host = host_of(p)
             if fusion.host.unet is not host.unet or fusion.host.checkpoint is not host.checkpoint:
                 fusion = self._fusion_of(fusion.plan.config)  # a hires fix with a checkpoint of its own
@@ -282,7 +289,7 @@ def _knobs(given: Mapping[str, object], tags: Mapping[str, Sequence[Any]], texts
     return {**given, **(tag.read(found[0].items) if found else {})}
 
 
-def _for_pass(config: FusionConfig, second_pass: bool) -> FusionConfig | None:
+def _for_pass(config: FusionConfig, *, second_pass: bool) -> FusionConfig | None:
     if not second_pass or config.hires == "same":
         return config
     return None if config.hires == "off" else dataclasses.replace(config, method=config.hires)
@@ -307,8 +314,12 @@ def _mark(p: Any, encoded_with: str | None, second_pass: bool) -> None:
     """
     for name in ("hr_extra_network_data",) if second_pass else ("extra_network_data", "hr_extra_network_data"):
         if (tags := getattr(p, name, None)) is not None:
-            unmarked = {word: found for word, found in tags.items() if word != _ENCODED_WITH}
-            setattr(p, name, unmarked if encoded_with is None else {**unmarked, _ENCODED_WITH: [encoded_with]})
+            marked: dict[str, Sequence[Any]] = {word: found for word, found in tags.items() if word != _ENCODED_WITH}
+            if encoded_with is not None:
+                # A host that disregards tags doesn't tell when it encodes for the second pass: that is like nothing else.
+                is_unknown = p.disable_extra_networks and name.startswith("hr_")
+                marked[_ENCODED_WITH] = [object() if is_unknown else encoded_with]
+            setattr(p, name, marked)
 
 
 def _counted_twice(fusion: Fusion, tags: Mapping[str, Sequence[Any]]) -> Iterator[str]:

@@ -9,23 +9,6 @@ import pytest
 from tests.hosts.webui import loras
 from tests.hosts.webui.host import WebUI
 
-# What the extension doesn't do yet, by the tests that say so; a test that passes has to leave this table.
-KNOWN = {
-    "TestRefiner::test_in_a_plain_picture[forge-True]": "the refiner is remarked on though there was no fusion",
-    "test_what_it_does_where_tags_are_disregarded[a1111-style]": "the host tells nobody of a second pass then",
-    "test_what_it_does_where_tags_are_disregarded[a1111-off]": "the host tells nobody of a second pass then",
-    "test_what_it_does_where_tags_are_disregarded[forge-style]": "the host tells nobody of a second pass then",
-    "test_what_it_does_where_tags_are_disregarded[forge-off]": "the host tells nobody of a second pass then",
-    "test_a_second_pass_after_one_that_disregarded_tags[a1111]": "what was encoded without us is marked as ours",
-}
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        for name, reason in KNOWN.items():
-            if item.nodeid.endswith(name):
-                item.add_marker(pytest.mark.xfail(strict=True, reason=reason))
-
 
 @pytest.fixture(scope="session")
 def made_loras(tmp_path_factory):
