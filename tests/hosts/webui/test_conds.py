@@ -118,6 +118,15 @@ def test_fusion_after_plain_in_a_second_pass(web, by):
         assert close(plain.hr_uc, by.plainly_encoded([""])), hires
 
 
+@pytest.mark.parametrize("before", ["same", "off", "style"])
+@pytest.mark.parametrize("after", ["same", "off", "style"])
+def test_one_second_pass_after_another(web, by, before, after):
+    strengths = {"same": (1.0, 1.0), "off": (0.0, 0.0), "style": (0.0, 1.0)}
+    for hires in (before, after):
+        p = made(web, args=[{**PANEL, "hires": hires}], enable_hr=True)
+        assert close(p.hr_c, by.encoded(["a knight "], subject_te=strengths[hires][0], style_te=strengths[hires][1]))
+
+
 @pytest.mark.parametrize("hires", ["same", "off"])
 def test_plain_after_fusion_where_the_second_pass_takes_the_firsts_conds(web, by, hires):
     web.first_pass_conds_for_second = True

@@ -284,6 +284,12 @@ def test_batches_may_have_different_tags(web, by):
     ]
 
 
+def test_a_remark_is_made_once(web, caplog):
+    p, _ = made(web, [f"a knight <lora:ink:0.5>{PAIR}"] * 3)
+    (said,) = p.comments
+    assert [record.getMessage() for record in caplog.records].count(said) == 1
+
+
 def test_img2img_begins_where_its_noise_is(web, by):
     web.make(ImageProcessing(web, f"a knight {PAIR}", denoising_strength=0.5, steps=8))
     assert web.calls[0].timestep < 700
@@ -366,10 +372,29 @@ class TestHires:
         assert max(by.plain_off_by(call) for call in first) < TOLERANCE
         assert max(by.off_by(call) for call in second) < TOLERANCE
 
-    def test_a_checkpoint_of_its_own(self, web, files):
-        made(web, f"a knight {PAIR}", enable_hr=True, hr_checkpoint=web.checkpoint(9))
-        _, second = self.passes(web)
+    @pytest.mark.parametrize("disregards", [False, True])
+    def test_a_checkpoint_of_its_own(self, web, by, files, disregards):
+        knobs = {"hr_checkpoint": web.checkpoint(9), "disable_extra_networks": disregards}
+        p, _ = made(web, enable_hr=True, args=[PANEL], **knobs)
+        first, second = self.passes(web)
+        assert max(by.off_by(call) for call in first) < TOLERANCE
         assert max(Bystander(web, files).off_by(call) for call in second) < TOLERANCE
+        assert not p.comments
+
+    @pytest.mark.parametrize(
+        "disregards",
+        [False, pytest.param(True, marks=pytest.mark.xfail(strict=True, reason="it is taken for the first pass"))],
+    )
+    def test_a_checkpoint_of_another_family(self, web, by, files, disregards):
+        knobs = {"hr_checkpoint": web.checkpoint(9, family="sdxl"), "disable_extra_networks": disregards}
+        p, _ = made(web, enable_hr=True, args=[PANEL], **knobs)
+        first, second = self.passes(web)
+        (said,) = p.comments
+        assert "'knight.safetensors' doesn't fit this model" in said
+        assert said.endswith("The second pass was made without EST-LoRA.")
+        assert p.extra_generation_params["EST-LoRA subject"] == "knight"
+        assert max(by.off_by(call) for call in first) < TOLERANCE
+        assert max(Bystander(web, files).plain_off_by(call) for call in second) < TOLERANCE
 
     def test_several_batches(self, web, by):
         made(web, ["a knight <est:knight:ink:hires=off>"] * 2, enable_hr=True)

@@ -361,6 +361,15 @@ class TestLeftBehind:
         assert before.is_now()
         del kept
 
+    def test_are_gone_before_a_second_pass_with_the_checkpoint_that_has_them(self, web, monkeypatch):
+        first, other = web.sd_model, web.checkpoint(9)
+        web.select(other)
+        kept = self.leave(web, monkeypatch)
+        web.select(first)
+        web.make(Processing(web, "a knight", enable_hr=True, hr_checkpoint=other, disable_extra_networks=True))
+        assert our_hooks(web.unet_of(other)) == 0
+        del kept
+
 
 def test_reload_of_the_extension_leaves_the_model_alone(web, by, before):
     web.make(Processing(web, TAGGED))
