@@ -8,6 +8,7 @@ from est_lora import __version__
 from tests.hosts.webui.host import Processing
 from tests.hosts.webui.looks import PANEL
 from tests.hosts.webui.loras import PAIR
+from tests.hosts.webui.networks import A1111, FORGE, UNet
 
 
 def texts(web, prompt, **knobs):
@@ -89,6 +90,18 @@ def test_a_lora_in_the_prompt_keeps_its_hash_when_a_fusion_of_it_is_refused(web)
     (text,) = texts(web, "a knight <lora:knight><est:knight:giant>")
     (short,) = shorts(web, "knight")
     assert text["Lora hashes"] == f"knight: {short}"
+
+
+def test_a_lora_in_the_prompt_keeps_its_hash_when_a_fusion_of_it_had_no_effect(web):
+    class Compiled(UNet):
+        def forward(self, x, timesteps=None, **kwargs):
+            return x * 0.1
+
+    web.select(web.checkpoint(5, unet=Compiled(FORGE if web.is_forge else A1111, 5)))
+    p = Processing(web, f"a knight <lora:ink>{PAIR}")
+    web.make(p)
+    (short,) = shorts(web, "ink")
+    assert p.extra_generation_params["Lora hashes"] == f"ink: {short}"
 
 
 def test_a_lora_in_the_prompt_keeps_its_hash_when_the_next_batch_has_no_fusion(web):

@@ -416,7 +416,7 @@ class TestHires:
 
     def test_the_clock_of_steps_goes_on(self, web, by):
         made(
-            web, "a knight <est:knight:ink:clock=step>", enable_hr=True, denoising_strength=0.5, hr_second_pass_steps=4
+            web, "a knight <est:knight:ink:clock=step>", enable_hr=True, denoising_strength=0.5, hr_second_pass_steps=2
         )
         _, second = self.passes(web)
-        assert max(by.off_by(call, tau=tau) for call, tau in zip(second, (0.5, 0.625, 0.75, 0.875))) < TOLERANCE
+        assert max(by.off_by(call, tau=tau) for call, tau in zip(second, (0.5, 0.75))) < TOLERANCE
