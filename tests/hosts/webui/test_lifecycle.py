@@ -128,6 +128,14 @@ def test_a_hash_that_nobody_has_asked_for_yet_is_found(web, by):
     assert max(by.off_by(call) for call in web.calls) < TOLERANCE
 
 
+def test_a_file_that_came_after_the_host_looked_is_found(web, by):
+    for table in (web.networks.available_networks, web.networks.available_network_aliases):
+        table.clear()
+    p, _ = made(web, f"a knight {PAIR}")
+    assert not p.comments
+    assert max(by.off_by(call) for call in web.calls) < TOLERANCE
+
+
 def test_an_alias_of_two_files_means_neither(web):
     p, _ = made(web, "a knight <est:knight alias:ink>")
     assert "no LoRA 'knight alias'" in " ".join(p.comments)
