@@ -147,13 +147,16 @@ class A1111Host(Host):
     def _text_modules(self) -> dict[str, nn.Module]:
         """The modules of the text encoders by the names that the host's networks know them by."""
         mapping = getattr(self.sd_model, "network_layer_mapping", {})
-        return {name: module for name, module in mapping.items() if not name.startswith("diffusion_model")}
+        return {name: module for name, module in mapping.items() if name and not name.startswith("diffusion_model")}
 
     def _key_of(self, layer: LayerPlan) -> str:
         return self._key(layer.layer.part, layer.layer.name)
 
     def _key(self, part: str, name: str) -> str:
-        prefix = f"{TEXT_ENCODERS.index(part)}_" if getattr(self.sd_model, "is_sdxl", False) else ""
+        is_xl = getattr(self.sd_model, "is_sdxl", False)
+        if part != TEXT_ENCODERS[0] and not is_xl:
+            return ""  # there is only one
+        prefix = f"{TEXT_ENCODERS.index(part)}_" if is_xl else ""
         plain = f"{prefix}transformer_{name.replace('.', '_')}"
         if plain in self._text_modules or not name.startswith(_LAYERS):
             return plain

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from est_lora.gate import FusionPlan
 from est_lora.hosts.webui import infotext
 from est_lora.hosts.webui.a1111 import A1111Host
 from est_lora.hosts.webui.forge import ForgeHost
-from est_lora.hosts.webui.host import Host, progress, step_starts
+from est_lora.hosts.webui.host import Host, progress, step_starts, unwrapped_model
 from est_lora.hosts.webui.loras import LoraList
 from est_lora.text import tag
 
@@ -160,8 +162,9 @@ class Job:
         starts = step_starts(host, self._p) if plan.config.clock == "step" else []
         if plan.config.clock == "step" and not starts:
             self.say(f"{self._p.sampler_name} has no list of steps: EST-LoRA takes the timestep for its clock.")
-        session = FusionSession(host.unet, plan, modules=host.modules)
+        session = FusionSession(unwrapped_model(host.unet), plan, modules=host.modules)
         with ExitStack() as attached:
+            attached.enter_context(_uncompiled())
             attached.enter_context(session)
             attached.callback(
                 host.unet.register_forward_pre_hook(Progress(session, host, starts), with_kwargs=True).remove
@@ -208,9 +211,10 @@ class Job:
     def _refuse(self, error: EstLoraError) -> None:
         self._fusion = None
         self._text.close()
-        if not self._second_pass:
+        is_second = self._second_pass or getattr(self._p, "is_hr_pass", False)
+        if not is_second:
             infotext.refuse(self._p, str(error))
-        self.say(f"{error} The {'second pass' if self._second_pass else 'picture'} was made without EST-LoRA.")
+        self.say(f"{error} The {'second pass' if is_second else 'picture'} was made without EST-LoRA.")
 
     def _fail(self, error: Exception) -> None:
         log.error("EST-LoRA failed.", exc_info=error)
@@ -233,6 +237,23 @@ class Progress:
             self._session.at(progress(self._host, self._starts, args, kwargs))
         else:
             self._session.detach()
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Models run as they are: compiled code passes hooks by, or would have to be made anew for each picture."""
+    dynamo: Any = sys.modules.get("torch._dynamo")  # until it is loaded, nothing is compiled
+    if hasattr(dynamo, "set_stance"):
+        with dynamo.set_stance("force_eager"):
+            yield
+        return
+    if dynamo is not None:  # torch before 2.6
+        dynamo.reset()
+    try:
+        yield
+    finally:
+        if dynamo is not None:
+            dynamo.reset()
 
 
 def _tidy(p: Any) -> None:
@@ -314,7 +335,8 @@ def _mark(p: Any, encoded_with: str | None, second_pass: bool) -> None:
     """
     for name in ("hr_extra_network_data",) if second_pass else ("extra_network_data", "hr_extra_network_data"):
         if (tags := getattr(p, name, None)) is not None:
-            marked: dict[str, Sequence[Any]] = {word: found for word, found in tags.items() if word != _ENCODED_WITH}
+            marked = copy.copy(tags)
+            marked.pop(_ENCODED_WITH, None)
             if encoded_with is not None:
                 # A host that disregards tags doesn't tell when it encodes for the second pass: that is like nothing else.
                 is_unknown = p.disable_extra_networks and name.startswith("hr_")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.hosts.webui.host import FlowPredictor, ImageProcessing, Processing
-from tests.hosts.webui.looks import PANEL, TOLERANCE, Bystander, close
+from tests.hosts.webui.looks import PANEL, TOLERANCE, Bystander, close, hooks
 from tests.hosts.webui.loras import PAIR
 from tests.hosts.webui.networks import A1111, FORGE, UNet
 
@@ -249,6 +249,29 @@ def test_a_checkpoint_without_a_unet(web):
     assert "this checkpoint has none: it is a Transformer" in said
 
 
+@pytest.mark.parametrize("at_each_call", [False, True], ids=["in-its-place", "at-each-call"])  # as reForge and Neo do
+def test_a_unet_that_the_host_compiles(web, by, monkeypatch, at_each_call):
+    def compiled(unet):
+        return torch.compile(unet, backend="eager", dynamic=True)
+
+    holder = web.sd_model.forge_objects.unet.model if web.is_forge else web.sd_model.model
+    if at_each_call:
+        monkeypatch.setattr(type(web), "unet", property(lambda web: compiled(web.unet_of(web.sd_model))))
+    else:
+        holder.diffusion_model = compiled(holder.diffusion_model)
+    try:
+        pictures = [made(web, prompt)[1][0].latent for prompt in ("a knight", f"a knight {PAIR}") * 2]
+    finally:
+        torch.compiler.reset()
+    fused = [PAIR in call.p.prompt for call in web.calls]
+    assert sum(fused) == len(web.calls) // 2
+    assert max(by.off_by(call) for call, is_fused in zip(web.calls, fused) if is_fused) < TOLERANCE
+    assert max(by.plain_off_by(call) for call, is_fused in zip(web.calls, fused) if not is_fused) < TOLERANCE
+    assert pictures[2].equal(pictures[0])
+    assert not web.calls[0].p.comments and not web.calls[-1].p.comments
+    assert len(list(web.unet.modules())) and not hooks(web)
+
+
 def test_a_unet_whose_layers_are_never_called_is_said(web):
     class Compiled(UNet):
         def forward(self, x, timesteps=None, **kwargs):
@@ -391,7 +414,7 @@ class TestHires:
 
     @pytest.mark.parametrize(
         "disregards",
-        [False, pytest.param(True, marks=pytest.mark.xfail(strict=True, reason="it is taken for the first pass"))],
+        [False, True],
     )
     def test_a_checkpoint_of_another_family(self, web, by, files, disregards):
         knobs = {"hr_checkpoint": web.checkpoint(9, family="sdxl"), "disable_extra_networks": disregards}

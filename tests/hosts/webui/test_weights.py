@@ -33,7 +33,7 @@ def test_of_a_layer_that_is_not_there(web):
 
 @pytest.mark.parametrize(
     "flavour",
-    [pytest.param("a1111", marks=pytest.mark.xfail(strict=True, reason="it is taken for the first")), "forge"],
+    ["a1111", "forge"],
 )
 def test_sd15_has_no_second_text_encoder(start, flavour):
     host = host_of(Processing(start(flavour)))
