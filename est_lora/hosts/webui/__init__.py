@@ -31,9 +31,16 @@ def begin(p: Any, arguments: tuple[object, ...]) -> None:
 def prompts_read(p: Any, found: Any) -> None:
     """The tags of a batch's prompts, or of the second pass's, have been taken out of them."""
     second_pass = found is getattr(p, "hr_extra_network_data", None)
-    getattr(p, _ATTRIBUTE).prepare(second_pass=second_pass)
+    _job(p).prepare(second_pass=second_pass)
 
 
 def before_sampling(p: Any) -> None:
     """The sampler is about to start."""
-    getattr(p, _ATTRIBUTE).attach()
+    _job(p).attach()
+
+
+def _job(p: Any) -> Job:
+    if not isinstance(getattr(p, _ATTRIBUTE, None), Job):
+        begin(p, ())  # another extension's job, whose beginning nobody told us of
+    job: Job = getattr(p, _ATTRIBUTE)
+    return job
