@@ -50,6 +50,10 @@ def module_shape(module: nn.Module) -> Shape:
         return (sizes["out_features"], sizes["in_features"])
     if isinstance(sizes["in_channels"], int) and sizes["kernel_size"]:
         return weight_shape(sizes["out_channels"], sizes["in_channels"], *sizes["kernel_size"])
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ == "Linear" and isinstance(weight, Tensor):  # Forge's of GGUF and nf4 don't say
+        shape = getattr(getattr(weight, "quant_state", None), "shape", weight.shape)
+        return (int(shape[0]), int(shape[1])) if len(shape) == 2 else ()
     return ()
 
 

@@ -119,8 +119,10 @@ class FusionSession:
 
     def detach(self) -> None:
         """Leaves the model as it was. May be called at any time, and again."""
-        if self._release is not None:
+        if self._release is not None and self._release.alive:
             self._release()
+            if _is_compiled(self.model):
+                torch.compiler.reset()  # torch before 2.6 fails where it looks for the hooks that it compiled
         self._ran = self.ran
         self._layers = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -166,6 +167,60 @@ def test_the_base_weights_type_does_not_matter(tmp_path):
         x = some_input(parent.to_q)
         wanted = nn.functional.linear(x, parent.to_q.weight.float() + subject[name].dense.float())
         torch.testing.assert_close(parent.to_q(x), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gguf", "nf4"])
+def test_a_linear_layer_that_does_not_say_its_sizes(tmp_path, kind):
+    """As Forge's own of quantised checkpoints, whose stored weight has another shape than the matrix."""
+
+    class Packed(nn.Parameter):
+        @property
+        def shape(self):
+            return torch.Size([WIDTH, WIDTH]) if kind == "gguf" else super().shape
+
+    class Linear(nn.Module):
+        def __init__(self, matrix):
+            super().__init__()
+            self.matrix = matrix
+            self.weight = Packed(torch.zeros(WIDTH * WIDTH // 2, 1, dtype=torch.uint8), requires_grad=False)
+            self.weight.quant_state = SimpleNamespace(shape=matrix.shape) if kind == "nf4" else None
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.matrix)
+
+    name = ATTENTION_LAYERS[0]
+    model = tree([name])
+    parent = model.get_submodule(name.rpartition(".")[0])
+    x, matrix = some_input(parent.to_q), parent.to_q.weight.detach()
+    parent.to_q = Linear(matrix)
+    subject, style = pair(names=(name,))
+    with FusionSession(model, plan_of(tmp_path, subject, style, method="subject")) as session:
+        session.at(0.5)
+        wanted = nn.functional.linear(x, matrix + subject[name].dense.float())
+        torch.testing.assert_close(parent.to_q(x), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_model_is_as_before_and_after(tmp_path, in_place):
+    name = ATTENTION_LAYERS[0]
+    model = tree([name])
+    inner = model.get_submodule(name)
+    x, plain = some_input(inner), inner(some_input(inner))
+    compiled = nn.Sequential(inner)
+    if in_place:
+        compiled.compile(backend="eager")
+    else:
+        compiled[0] = torch.compile(inner, backend="eager")
+    session = FusionSession(compiled, plan_of(tmp_path, *pair(names=(name,)), method="subject"), modules={name: inner})
+    try:
+        for _ in range(2):
+            assert torch.equal(compiled(x), plain)
+            with session:
+                session.at(0.5)
+                assert not torch.allclose(compiled(x), plain, atol=1e-2)
+            assert torch.equal(compiled(x), plain)
+    finally:
+        torch.compiler.reset()
 
 
 def test_changing_the_inputs_type_loses_no_precision(tmp_path):

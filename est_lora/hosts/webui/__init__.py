@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from est_lora.hosts.webui import api, panel, tags
@@ -16,6 +17,7 @@ def register() -> None:
     """Enters us into the host's callbacks; to be called each time that it has cleared them."""
     from modules import script_callbacks
 
+    logging.getLogger("est_lora").setLevel(logging.WARNING)  # Neo's log keeps what isn't an error to itself
     script_callbacks.on_before_ui(lambda: tags.register(begin))  # earlier, and the host would forget it
     script_callbacks.on_app_started(lambda _, app: api.add_routes(app))
     script_callbacks.on_script_unloaded(api.guard_requests())
