@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.webui.test_generation import HIRES, est, furthest, pair
+from tests.webui.pictures import HIRES, est, furthest, pair
 
 SAMPLERS = [
     *("Euler", "Heun", "DPM2 a", "DPM++ 2M Karras", "DPM++ SDE", "DPM adaptive", "UniPC", "DDIM", "LCM"),

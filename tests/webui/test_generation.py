@@ -6,22 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-FILES = [{}, {"text": True, "everything": True, "share": 0.15}]
+from tests.webui.pictures import FILES, HIRES, est, furthest, pair
+
 HOSTS_OWN = {"subject": "<lora:{0}:1>", "style": "<lora:{1}:1>", "sum": "<lora:{0}:1><lora:{1}:1>"}
-HIRES = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.6}
-
-
-def pair(webui, **how):
-    suffix = "-".join(sorted(how))
-    return webui.lora(f"subject{suffix}", **how), webui.lora(f"style{suffix}", **how)
-
-
-def est(subject, style, **knobs):
-    return {"subject": subject, "style": style, **knobs}
-
-
-def furthest(one, other):
-    return int(abs(one - other).max())
 
 
 @pytest.mark.parametrize("how", FILES, ids=["attention", "everything"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from est_lora.config import FIELDS
-from tests.webui.test_generation import est, furthest, pair
+from tests.webui.pictures import est, furthest, pair
 
 SEED = 4
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.webui.test_generation import FILES, est, furthest, pair
+from tests.webui.pictures import FILES, est, furthest, pair
 
 
 @pytest.fixture

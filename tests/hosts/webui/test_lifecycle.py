@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from tests.hosts.webui.host import FlowPredictor, ImageProcessing, Processing
+from tests.hosts.webui.host import ImageProcessing, Processing
 from tests.hosts.webui.looks import PANEL, TOLERANCE, Bystander, close, hooks
 from tests.hosts.webui.loras import PAIR
 from tests.hosts.webui.networks import A1111, FORGE, UNet
+from tests.hosts.webui.samplers import FlowPredictor
 
 
 @pytest.fixture
@@ -370,6 +371,12 @@ class TestHires:
     def passes(self, web):
         return [[call for call in web.calls if call.second_pass is second] for second in (False, True)]
 
+    def off_by(self, by, call, hires):
+        """How far a call of the second pass is from what `hires` asks for."""
+        if hires == "off":
+            return by.plain_off_by(call)
+        return by.off_by(call, method="est" if hires == "same" else hires)
+
     @pytest.mark.parametrize("hires", ["same", "subject", "style", "off"])
     def test_what_the_second_pass_does(self, web, by, hires):
         made(web, f"a knight <est:knight:ink:hires={hires}>", enable_hr=True)
@@ -377,11 +384,7 @@ class TestHires:
         assert len(first) == 5
         assert len(second) >= 3
         assert max(by.off_by(call) for call in first) < TOLERANCE
-        if hires == "off":
-            assert max(by.plain_off_by(call) for call in second) < TOLERANCE
-        else:
-            method = "est" if hires == "same" else hires
-            assert max(by.off_by(call, method=method) for call in second) < TOLERANCE
+        assert max(self.off_by(by, call, hires) for call in second) < TOLERANCE
 
     @pytest.mark.parametrize("hires", ["same", "subject", "off"])
     def test_what_its_text_is_encoded_with(self, web, by, hires):
@@ -412,10 +415,7 @@ class TestHires:
         assert max(Bystander(web, files).off_by(call) for call in second) < TOLERANCE
         assert not p.comments
 
-    @pytest.mark.parametrize(
-        "disregards",
-        [False, True],
-    )
+    @pytest.mark.parametrize("disregards", [False, True])
     def test_a_checkpoint_of_another_family(self, web, by, files, disregards):
         knobs = {"hr_checkpoint": web.checkpoint(9, family="sdxl"), "disable_extra_networks": disregards}
         p, _ = made(web, enable_hr=True, args=[PANEL], **knobs)
@@ -439,11 +439,7 @@ class TestHires:
         made(web, args=[{**PANEL, "hires": hires}], enable_hr=True, disable_extra_networks=True)
         first, second = self.passes(web)
         assert max(by.off_by(call) for call in first) < TOLERANCE
-        if hires == "off":
-            assert max(by.plain_off_by(call) for call in second) < TOLERANCE
-        else:
-            method = "est" if hires == "same" else hires
-            assert max(by.off_by(call, method=method) for call in second) < TOLERANCE
+        assert max(self.off_by(by, call, hires) for call in second) < TOLERANCE
 
     def test_the_clock_of_steps_goes_on(self, web, by):
         made(
