@@ -28,6 +28,7 @@ class Field:
         type: `str`, `float` or `bool`.
         default: the value when nobody says otherwise.
         help: one sentence for the user.
+        label: its name where people read it.
         choices: the words it may take; empty where any text or number is allowed.
         low, high: bounds of a number, inclusive; `above_low`: the lower bound itself is excluded.
         auto: a number that may also be the word `auto`.
@@ -38,17 +39,13 @@ class Field:
     type: type
     default: Any
     help: str
+    label: str
     choices: tuple[str, ...] = ()
     low: float = -math.inf
     high: float = math.inf
     above_low: bool = False
     auto: bool = False
     webui: bool = False
-
-    @property
-    def label(self) -> str:
-        """Its name where people read it."""
-        return self.key.replace("_", " ").capitalize()
 
     @property
     def flag(self) -> str:
@@ -92,6 +89,10 @@ class Field:
         if self.auto and isinstance(value, str) and value == AUTO:
             return AUTO
         return self._parse_number(value)
+
+    def text(self, value: object) -> str:
+        """A value as a person would type it."""
+        return f"{value:g}" if isinstance(value, float) else str(value)
 
     def _parse_name(self, value: object) -> str | None:
         if value is None:
@@ -137,12 +138,13 @@ class FusionConfig:
     beta: float | str = _knob(
         AUTO,
         "style pressure at the start; auto = the measured style discrepancy, 0.5 without one",
+        label="Style discrepancy (beta)",
         low=0,
         high=2,
         auto=True,
     )
     alpha: float = _knob(1.5, "how fast time favours the style", low=0, high=10, above_low=True)
-    lean: float = _knob(0.0, "below 0 the subject acts longer, above 0 the style", low=-1, high=1)
+    lean: float = _knob(0.0, "more subject (below 0) ... more style (above 0): who acts longer", low=-1, high=1)
     balance: str = _knob("energy", "how the two files are made comparable; l1 = as published", choices=("energy", "l1"))
     pattern: str = _knob("s", "style pressure rises (s), or rises and wraps around (s*)", choices=("s", "s*"))
     clock: str = _knob(
@@ -156,12 +158,22 @@ class FusionConfig:
     layers: str = _knob(
         "attention", "which layers the gate decides: attention projections, or all", choices=("attention", "all")
     )
-    other: str = _knob("sum", "what happens to layers the gate doesn't decide (est, k-lora)", choices=("sum", "off"))
-    subject_te: float = _knob(1.0, "strength of the subject file's text-encoder part", low=-2, high=2)
-    style_te: float = _knob(1.0, "strength of the style file's text-encoder part", low=-2, high=2)
+    other: str = _knob(
+        "sum",
+        "what happens to layers the gate doesn't decide (est, k-lora)",
+        label="Other layers",
+        choices=("sum", "off"),
+    )
+    subject_te: float = _knob(
+        1.0, "strength of the subject file's text-encoder part", label="Subject's text encoder", low=-2, high=2
+    )
+    style_te: float = _knob(
+        1.0, "strength of the style file's text-encoder part", label="Style's text encoder", low=-2, high=2
+    )
     hires: str = _knob(
         "same",
         "what the second pass of a hires fix does: the same, one file alone, or no fusion",
+        label="Hires pass",
         choices=("same", "subject", "style", "off"),
         webui=True,
     )
@@ -202,6 +214,7 @@ class FusionConfig:
 def _field(declared: dataclasses.Field[Any]) -> Field:
     limits = dict(declared.metadata)
     kind = str if "choices" in limits else limits.pop("type", bool if isinstance(declared.default, bool) else float)
+    limits.setdefault("label", declared.name.replace("_", " ").capitalize())
     return Field(key=declared.name, type=kind, default=declared.default, **limits)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -17,25 +18,38 @@ if TYPE_CHECKING:
 COLOURS = {SUBJECT: "#2f5d9b", STYLE: "#f0a33c", BOTH: "#7fae86", NONE: "#e4e4e4", NEEDS_MODEL: "#b9a7c9"}
 _COLUMNS = 800
 _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)|(mid)_block")
+_INK = "#1f2328"
+_WIDTH = 9.0
+_SHARE = 1.0  # height of the lower panel, in inches like all lengths here
+_MARGINS = {"left": 0.95, "right": 1.15, "top": 0.55, "bottom": 0.5, "between": 0.12}
 
 
-def gate_map(plan: FusionPlan) -> Figure:
-    """Draws `plan`: a row a layer, progress from left to right; below it the style's share of the layers over time."""
-    from matplotlib.figure import Figure
+def gate_map(plan: FusionPlan, steps: Sequence[float] = ()) -> Figure:
+    """Draws `plan`: a row a layer, progress from left to right; below it the style's share of the layers over time.
 
-    rows = len(plan.layers)
-    figure = Figure(figsize=(9, min(max(3.6 + rows * 0.035, 4.5), 14)), dpi=130, layout="constrained")
-    share_height = 1.3 / figure.get_figheight()
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1 - share_height, share_height))
-    _draw_map(upper, plan)
-    _draw_share(lower, plan)
+    Args:
+        plan: what is drawn.
+        steps: the `tau` at which the steps of a sampler begin; they are marked.
+    """
+    figure = _figure(plan, steps, height=min(max(3.6 + len(plan.layers) * 0.035, 4.5), 14), top=_MARGINS["top"])
     names = f"{plan.subject.path.stem}  x  {plan.style.path.stem}"
-    upper.set_title(
+    figure.axes[0].set_title(
         f"{names}\n{plan.config.method}, beta {plan.beta:.3g}, alpha {plan.config.alpha:g}",
         fontsize=10,
+        color=_INK,
         parse_math=False,
     )
     return figure
+
+
+def gate_map_svg(plan: FusionPlan, steps: Sequence[float] = ()) -> str:
+    """The same for a page, as an `<svg>` that takes the page's own text colour, light or dark; it has no title."""
+    stream = io.StringIO()
+    figure = _figure(plan, steps, height=4.2, top=0.22)
+    figure.patch.set_alpha(0)
+    figure.savefig(stream, format="svg", metadata={"Date": None})
+    svg = stream.getvalue()
+    return svg[svg.index("<svg") :].replace(_INK, "currentColor")
 
 
 def style_share(layers: list[LayerPlan], tau: float) -> float:
@@ -43,13 +57,32 @@ def style_share(layers: list[LayerPlan], tau: float) -> float:
     return sum(layer.acts(tau) in (STYLE, BOTH) for layer in layers) / max(len(layers), 1)
 
 
+def _figure(plan: FusionPlan, steps: Sequence[float], *, height: float, top: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, height), dpi=130)
+    left, width = _MARGINS["left"] / _WIDTH, 1 - (_MARGINS["left"] + _MARGINS["right"]) / _WIDTH
+    bottom, share = _MARGINS["bottom"] / height, _SHARE / height
+    above = bottom + share + _MARGINS["between"] / height
+    upper = figure.add_axes((left, above, width, 1 - above - top / height))
+    lower = figure.add_axes((left, bottom, width, share), sharex=upper)
+    _draw_map(upper, plan)
+    _draw_share(lower, plan)
+    _mark_steps(lower, steps)
+    for axes in (upper, lower):
+        axes.tick_params(colors=_INK)
+        axes.patch.set_alpha(0)
+        for spine in axes.spines.values():
+            spine.set_edgecolor(_INK)
+    return figure
+
+
 def _draw_map(axes: Axes, plan: FusionPlan) -> None:
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
     order = list(COLOURS)
-    taus = [(column + 0.5) / _COLUMNS for column in range(_COLUMNS)]
-    grid = [[order.index(layer.acts(tau)) for tau in taus] for layer in plan.layers]
+    grid = [_row(layer, order) for layer in plan.layers]
     axes.imshow(
         grid,
         cmap=ListedColormap(list(COLOURS.values())),
@@ -66,10 +99,22 @@ def _draw_map(axes: Axes, plan: FusionPlan) -> None:
             axes.axhline(first, color="white", linewidth=1.2)
     axes.set_yticks([place for place, _ in ticks], [name for _, name in ticks], fontsize=8)
     axes.tick_params(axis="y", length=0)
-    axes.set_ylabel(f"{len(grid)} layers, in the order of the network")
-    seen = {order[value] for row in grid for value in row}
+    axes.tick_params(axis="x", labelbottom=False)
+    axes.set_ylabel(f"{len(grid)} layers, as in the network", color=_INK)
+    seen = {order[value] for row in grid for value in set(row)}
     patches = [Patch(color=COLOURS[acts], label=acts) for acts in order if acts in seen]
-    axes.legend(handles=patches, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
+    axes.legend(
+        handles=patches, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9, labelcolor=_INK
+    )
+
+
+def _row(layer: LayerPlan, order: list[str]) -> list[int]:
+    """Who acts in the middle of each column of the map, as places in `order`."""
+    row: list[int] = []
+    for segment, end in zip(layer.segments, [*(later.start for later in layer.segments[1:]), 1.0]):
+        columns = round(end * _COLUMNS) - len(row)
+        row += [order.index(segment.acts)] * columns
+    return row
 
 
 def _draw_share(axes: Axes, plan: FusionPlan) -> None:
@@ -78,10 +123,20 @@ def _draw_share(axes: Axes, plan: FusionPlan) -> None:
     shares = [100 * style_share(layers, tau) for tau in starts]
     axes.fill_between(starts, shares, step="post", color=COLOURS[STYLE], alpha=0.35)
     axes.step(starts, shares, where="post", color=COLOURS[STYLE])
-    axes.set(xlim=(0, 1), ylim=(0, 100), ylabel="style's\nshare, %")
-    axes.set_xlabel("progress (0 = pure noise, 1 = clean picture)")
+    axes.set(xlim=(0, 1), ylim=(0, 100))
+    axes.set_ylabel("style's\nshare, %", color=_INK)
+    axes.set_xlabel("progress (0 = pure noise, 1 = clean picture)", color=_INK)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def _mark_steps(axes: Axes, steps: Sequence[float]) -> None:
+    """A triangle between the two panels, and a line down, where each step begins."""
+    if not steps:
+        return
+    axes.vlines(steps, 0, 100, colors=_INK, linewidth=0.5, alpha=0.35)
+    axes.plot(steps, [104] * len(steps), "v", color=_INK, markersize=4, clip_on=False)
+    axes.text(1.015, 1.04, f"{len(steps)} steps", transform=axes.transAxes, fontsize=9, color=_INK, va="center")
 
 
 def _blocks(plan: FusionPlan) -> Iterator[tuple[str, int, int]]:

@@ -12,9 +12,15 @@ webui.register()
 class EstLora(scripts.Script):
     """The AlwaysOn script; everything behind it is in the package."""
 
+    def __init__(self):
+        """Once for each tab, when all scripts are loaded."""
+        super().__init__()
+        self.panel = webui.Panel()
+        webui.add_axes()
+
     def title(self):
         """Its name, also in the API."""
-        return webui.panel.TITLE
+        return webui.TITLE
 
     def show(self, is_img2img):
         """In txt2img and img2img."""
@@ -22,7 +28,11 @@ class EstLora(scripts.Script):
 
     def ui(self, is_img2img):
         """The panel."""
-        return webui.panel.build(self)
+        return self.panel.build(self)
+
+    def after_component(self, component, **kwargs):
+        """A part of the host's page has been made."""
+        self.panel.meet(component, kwargs.get("elem_id"))
 
     def process(self, p, *args):
         """A generation starts."""

@@ -12,6 +12,7 @@ from pathlib import PurePath
 from est_lora.config import FIELDS, FusionConfig
 from est_lora.errors import EstLoraError
 
+HASHES = "Lora hashes"
 _NEGATIVE = "Negative prompt:"
 _FILES = ("subject", "style")
 # What separates names from hashes, and one pair from the next, can't be in a name.
@@ -52,8 +53,17 @@ def fusion(config: FusionConfig) -> dict[str, object]:
 
 
 def lora_hashes(pairs: Iterable[tuple[str, str]]) -> str:
-    """The value of `Lora hashes` for names and their short hashes."""
+    """The value of `HASHES` for names and their short hashes."""
     return ", ".join(f"{name.translate(_SEPARATORS)}: {short}" for name, short in pairs)
+
+
+def lora_hash(name: str, written: str) -> str | None:
+    """The short hash that the value of `HASHES` has for a name."""
+    for pair in written.split(","):
+        known, _, short = pair.partition(":")
+        if known.strip() == name.translate(_SEPARATORS).strip():
+            return short.strip() or None
+    return None
 
 
 def _text(value: object) -> str:

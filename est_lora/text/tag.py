@@ -5,12 +5,18 @@ WebUIs cut a tag at its colons and hand over the pieces; nothing is quoted, so n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 
+from est_lora.config import FIELDS
 from est_lora.errors import EstLoraError, quote
 
 NAME = "est"
 _POSITIONS = ("subject", "style", "subject_weight", "style_weight")
+_FILES = _POSITIONS[:2]
+_TAG = re.compile(rf"[ ]?<{NAME}:([^>]+)>")
+# What ends a tag or a piece of it, and what begins a comment.
+_NOT_IN_NAMES = re.compile(r"[:>=#\n]|^\s|\s$")
 
 
 def read(pieces: Sequence[str]) -> dict[str, str]:
@@ -23,7 +29,91 @@ def read(pieces: Sequence[str]) -> dict[str, str]:
         EstLoraError: there are too many pieces, or one knob is given twice.
     """
     knobs: dict[str, str] = {}
+    for key, value in _pairs(pieces):
+        if key in knobs:
+            raise EstLoraError(f"The tag <{NAME}:...> gives {quote(key)} twice: give it once.")
+        if value:
+            knobs[key] = value
+    return knobs
+
+
+def write(knobs: Mapping[str, object], defaults: Mapping[str, object]) -> str:
+    """The tag that means `knobs` on every WebUI, also on one whose settings are those of this one.
+
+    Args:
+        knobs: every knob by its key.
+        defaults: what counts here where a tag says nothing; what differs from it, or from the built-in default, is
+            written.
+
+    Raises:
+        EstLoraError: subject or style is missing, or a name can't be in a tag.
+    """
+    pieces = []
+    for key in _FILES:
+        name = knobs.get(key)
+        if not isinstance(name, str):
+            raise EstLoraError(f"A tag names two LoRAs, and there is no {key}: choose one.")
+        if not fits(name):
+            raise EstLoraError(f"{quote(name)} can't be in a tag, which ends at : and >: give the file's hash instead.")
+        pieces.append(name)
+    for field in FIELDS:
+        value = knobs.get(field.key, field.default)
+        if field.key not in _FILES and (value != field.default or value != defaults.get(field.key, field.default)):
+            pieces.append(f"{field.key}={field.text(value)}")
+    return f"<{NAME}:{':'.join(pieces)}>"
+
+
+def fits(name: str) -> bool:
+    """Whether a LoRA's name can stand in a tag."""
+    return not _NOT_IN_NAMES.search(name)
+
+
+def find(prompt: str) -> list[dict[str, str]]:
+    """What each tag in a prompt sets.
+
+    Raises:
+        EstLoraError: as `read`.
+    """
+    return [read(found[1].split(":")) for found in _TAG.finditer(prompt)]
+
+
+def without(prompt: str) -> str:
+    """The prompt without its tags."""
+    return _TAG.sub("", prompt)
+
+
+def put(prompt: str, written: str) -> str:
+    """The prompt with this tag, in the place of the first one where there are any, else at the end."""
+    first = _TAG.search(prompt)
+    if not first:
+        return f"{prompt} {written}" if prompt and not prompt[-1].isspace() else prompt + written
+    before = prompt[: first.start()]
+    space = " " if first[0].startswith(" ") else ""
+    return f"{before}{space}{written}{without(prompt[first.end() :])}"
+
+
+def rename(prompt: str, name_of: Callable[[str], str]) -> str:
+    """The prompt with both files of its tags under the names that `name_of` gives; all else as it was written."""
+
+    def renamed(found: re.Match[str]) -> str:
+        start, _, content = found[0][:-1].partition(":")
+        try:
+            pairs = list(_pairs(content.split(":")))
+        except EstLoraError:  # it is said when a picture is made
+            return found[0]
+        pieces = [
+            piece if key not in _FILES or not value else piece.replace(value, name_of(value))
+            for piece, (key, value) in zip(content.split(":"), pairs)
+        ]
+        return f"{start}:{':'.join(pieces)}>"
+
+    return _TAG.sub(renamed, prompt)
+
+
+def _pairs(pieces: Sequence[str]) -> list[tuple[str, str]]:
+    """The key and the value of each piece, as text."""
     positions = iter(_POSITIONS)
+    pairs = []
     for piece in pieces:
         key, named, value = (part.strip() for part in piece.partition("="))
         if not named:
@@ -33,8 +123,5 @@ def read(pieces: Sequence[str]) -> dict[str, str]:
                 f"The tag <{NAME}:...> has more to it than can be understood at {quote(piece)}: after subject, style and"
                 " two weights everything is key=value."
             )
-        if key in knobs:
-            raise EstLoraError(f"The tag <{NAME}:...> gives {quote(key)} twice: give it once.")
-        if value:
-            knobs[key] = value
-    return knobs
+        pairs.append((key, value))
+    return pairs

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
-from est_lora.hosts.webui import api, panel, tags
+from est_lora.hosts.webui import api, panel, paste, settings, tags
+from est_lora.hosts.webui.axes import add as add_axes
 from est_lora.hosts.webui.job import Job
+from est_lora.hosts.webui.panel import TITLE, Panel
 
-__all__ = ["before_sampling", "begin", "panel", "prompts_read", "register"]
+__all__ = ["TITLE", "Panel", "add_axes", "before_sampling", "begin", "prompts_read", "register"]
 
 _ATTRIBUTE = "est_lora"
 
@@ -17,7 +18,8 @@ def register() -> None:
     """Enters us into the host's callbacks; to be called each time that it has cleared them."""
     from modules import script_callbacks
 
-    logging.getLogger("est_lora").setLevel(logging.WARNING)  # Neo's log keeps what isn't an error to itself
+    settings.register()
+    script_callbacks.on_infotext_pasted(lambda _, parameters: paste.rename_tags(parameters))
     script_callbacks.on_before_ui(lambda: tags.register(begin))  # earlier, and the host would forget it
     script_callbacks.on_app_started(lambda _, app: api.add_routes(app))
     script_callbacks.on_script_unloaded(api.guard_requests())

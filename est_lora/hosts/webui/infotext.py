@@ -8,11 +8,10 @@ from typing import Any
 from est_lora import __version__
 from est_lora.config import FIELDS
 from est_lora.gate import FusionPlan
-from est_lora.text.infotext import fusion, lora_hashes
+from est_lora.text.infotext import HASHES, fusion, lora_hashes
 
 _VERSION = "EST-LoRA version"
 _OFF = "EST-LoRA off"
-_HASHES = "Lora hashes"
 _INFOTEXT = {field.key: field.infotext for field in FIELDS}
 
 
@@ -57,6 +56,6 @@ class _Hashes(dict[str, str]):
 
 def _write_hashes(p: Any) -> None:
     if hashes := lora_hashes(getattr(p, "lora_hashes", {}).items()):
-        p.extra_generation_params[_HASHES] = hashes
+        p.extra_generation_params[HASHES] = hashes
     else:
-        p.extra_generation_params.pop(_HASHES, None)
+        p.extra_generation_params.pop(HASHES, None)

@@ -18,7 +18,7 @@ from est_lora.config import FusionConfig
 from est_lora.errors import EstLoraError, quote
 from est_lora.fusion import FusionSession, remove_branches
 from est_lora.gate import FusionPlan
-from est_lora.hosts.webui import infotext
+from est_lora.hosts.webui import axes, infotext, request
 from est_lora.hosts.webui.a1111 import A1111Host
 from est_lora.hosts.webui.forge import ForgeHost
 from est_lora.hosts.webui.host import Host, progress, step_starts, unwrapped_model
@@ -98,7 +98,7 @@ class Job:
             if self._given or tag.NAME in heeded or getattr(p, "enable_hr", False):
                 guard(p, self)
         try:
-            knobs = _knobs(self._given, heeded, [*(p.hr_prompts if second_pass else p.prompts), *p.negative_prompts])
+            knobs = _asked(p, self._given, heeded, [*(p.hr_prompts if second_pass else p.prompts), *p.negative_prompts])
             config = FusionConfig.of(knobs) if knobs else None
             if config is None or not config.enabled:
                 return
@@ -294,20 +294,13 @@ def unguard(p: Any) -> None:
             p.sample = before
 
 
-def _knobs(given: Mapping[str, object], tags: Mapping[str, Sequence[Any]], texts: Sequence[str]) -> dict[str, object]:
-    """What is asked for: by the prompt's tag, and where that says nothing by the panel or the API.
-
-    `texts` are the prompts after the host has taken the tags out.
-    """
-    if any(f"<{tag.NAME}:" in text for text in texts):
-        raise EstLoraError(
-            f"A <{tag.NAME}:...> tag wasn't read: close it with >, write no # in it (a comment begins there; a hash goes"
-            " without), and put it into the prompt, not the negative one."
-        )
-    found = tags.get(tag.NAME, ())
-    if len(found) > 1:
-        raise EstLoraError(f"The prompt has {len(found)} <{tag.NAME}:...> tags, and one fusion needs one: keep one.")
-    return {**given, **(tag.read(found[0].items) if found else {})}
+def _asked(
+    p: Any, given: Mapping[str, object], tags: Mapping[str, Sequence[Any]], texts: Sequence[str]
+) -> dict[str, object]:
+    """All that is asked of a pass; `texts` are the prompts after the host has taken the tags out."""
+    request.check_all_read(texts)
+    tagged = request.of_tags([tag.read(params.items) for params in tags.get(tag.NAME, ())])
+    return request.combined(given, tagged, axes.chosen(p))
 
 
 def _for_pass(config: FusionConfig, *, second_pass: bool) -> FusionConfig | None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from est_lora.errors import EstLoraError, nearest, quote
+from est_lora.text import tag
 
 log = logging.getLogger(__name__)
 
 _HASH = re.compile(r"#?([0-9a-fA-F]{12,64})")
 _SHORT = 12
+_PATIENCE_S = 20
 _SUFFIX = ".safetensors"
 
 
@@ -43,15 +46,19 @@ class LoraList:
         """Looks on disk again."""
         self._networks.list_available_networks()
 
-    def find(self, name: str) -> Any:
+    def find(self, name: str, *, look_again: bool = True) -> Any:
         """The host's entry (`filename`, `name`, `shorthash`) for a name, an alias, or a hash of 12 digits or more.
 
         A hash may have a `#` before it; in prompts that begins a comment, so there it goes without.
 
+        Args:
+            name: what is asked for.
+            look_again: on disk, and into files whose hash isn't known; that may take a while.
+
         Raises:
             EstLoraError: there is none, or it isn't a safetensors file.
         """
-        entry = self._by_name(name) or self._by_hash(name)
+        entry = (self._by_name if look_again else self._listed)(name) or self._by_hash(name, compute=look_again)
         if entry is None:
             names = self.names()
             near = [quote(near) for near in nearest(name, [*names, *self._aliases()])]
@@ -63,6 +70,29 @@ class LoraList:
                 " files are read."
             )
         return entry
+
+    def find_same(self, name: str, short: str | None) -> Any:
+        """The entry that a picture means: of its name, unless that is another file now; else of its short hash.
+
+        Raises:
+            EstLoraError: as `find`.
+        """
+        entry = self._by_name(name)
+        if short and (entry is None or entry.shorthash not in ("", None, short)):
+            entry = self._by_hash(short) or entry
+        return self.find(name) if entry is None else entry
+
+    def name_in_tag(self, name: str) -> str:
+        """A name as a tag can hold it: the hash where it has letters that end a tag or a piece of it.
+
+        Raises:
+            EstLoraError: as `find`.
+        """
+        if tag.fits(name):
+            return name
+        entry = self.find(name)
+        entry.read_hash()
+        return str(entry.shorthash)
 
     def same_file(self, name: str, entry: Any) -> bool:
         """Whether `name` in a `<lora:>` tag means the file of `entry`."""
@@ -84,17 +114,18 @@ class LoraList:
         shared = name.lower() in networks.forbidden_network_aliases
         return (networks.available_networks if shared else networks.available_network_aliases).get(name)
 
-    def _by_hash(self, name: str) -> Any:
+    def _by_hash(self, name: str, *, compute: bool = True) -> Any:
         if not (found := _HASH.fullmatch(name)):
             return None
         short = found[1][:_SHORT].lower()
         lookup = self._networks.available_network_hash_lookup
         unknown = [entry for entry in self._networks.available_networks.values() if not entry.hash]
-        if short not in lookup and unknown:
-            log.warning("Hashing %d LoRA files, once, to find %s.", len(unknown), short)
+        if compute and short not in lookup and unknown:
+            log.warning("Hashing up to %d LoRA files, each once, to find %s.", len(unknown), short)
+            deadline = time.monotonic() + _PATIENCE_S
             for entry in unknown:
-                entry.read_hash()
-                if short in lookup:
+                entry.read_hash()  # the host remembers it: the next search goes on from here
+                if short in lookup or time.monotonic() > deadline:
                     break
         return lookup.get(short)
 

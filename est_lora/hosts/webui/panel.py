@@ -1,48 +1,231 @@
-"""The panel: a switch, two LoRAs and the knobs most people need. What it hands over is read here too."""
+"""The panel: a switch, two LoRAs, every knob, and what they will do. What it hands over is read here too."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from est_lora.config import AUTO, FIELDS
+from est_lora.config import FIELDS, FusionConfig
 from est_lora.errors import EstLoraError
+from est_lora.hosts.webui import request, settings
 from est_lora.hosts.webui.loras import LoraList
+from est_lora.hosts.webui.paste import NOTHING, Pasted, shown
+from est_lora.hosts.webui.preview import Drawn, Preview, cards, say
+from est_lora.hosts.webui.steps import Sampling
+from est_lora.text import tag
+from est_lora.text.presets import Presets
+
+log = logging.getLogger(__name__)
 
 TITLE = "EST-LoRA"
-KNOBS = ("enabled", "subject", "style", "subject_weight", "style_weight", "beta", "lean", "method")
-_NOTHING = "None"
-_STEP = 0.05
+KNOBS = tuple(field.key for field in FIELDS)
 _BY_KEY = {field.key: field for field in FIELDS}
+_FILES = ("subject", "style")
+_FOLDED = (
+    *("method", "alpha", "balance", "pattern", "clock", "layers", "other"),
+    *("subject_te", "style_te", "hires", "engine"),
+)
+# What of the host's own page the map depends on, by the ends of the identifiers.
+_OF_PAGE = ("prompt", "sampling", "scheduler", "steps")
+_OF_IMG2IMG = ("denoising_strength",)
+_BUTTONS = ["est-lora-buttons"]
+_PAUSE_S = 0.12
+_EXCHANGED = (("subject", "style"), ("subject_weight", "style_weight"), ("subject_te", "style_te"))
 
 
-def build(script: Any) -> list[Any]:
-    """Draws the panel; returns its components in the order of `KNOBS`."""
-    import gradio as gr
-    from modules.ui_common import create_refresh_button
-    from modules.ui_components import InputAccordion
+class Panel:
+    """The panel of one tab.
 
-    with InputAccordion(value=False, label=TITLE, elem_id=script.elem_id("enabled")) as enabled:
-        try:
-            names = LoraList().names()
-        except EstLoraError as error:
-            gr.Markdown(str(error))
-            names = []
-        with gr.Row():
-            files = [_choice(gr, script, key, [_NOTHING, *names], custom=True) for key in ("subject", "style")]
-            create_refresh_button(files, _refresh, _choices, script.elem_id("refresh"))
-        with gr.Row():
-            weights = [_slider(gr, script, key) for key in ("subject_weight", "style_weight")]
-        with gr.Row():
-            beta = gr.Textbox(
-                value=AUTO,
-                label=_BY_KEY["beta"].label,
-                info=f"{_BY_KEY['beta'].help}; {_BY_KEY['beta'].range}",
-                elem_id=script.elem_id("beta"),
+    Attributes:
+        knobs: its components by the keys of the knobs; empty before `build`.
+    """
+
+    def __init__(self) -> None:
+        self.knobs: dict[str, Any] = {}
+        self._page: dict[str, Any] = {}
+        self._preview = Preview()
+        self._is_wired = False
+
+    def build(self, script: Any) -> list[Any]:
+        """Draws the panel; returns its components in the order of `KNOBS`."""
+        import gradio as gr
+        from modules.ui_components import InputAccordion
+
+        self._is_wired = False
+        self._tab = "img2img" if script.is_img2img else "txt2img"
+        draw = _Drawing(gr, script, settings.defaults())
+        with InputAccordion(value=False, label=TITLE, elem_id=script.elem_id("enabled")) as enabled:
+            self.knobs = {"enabled": enabled}
+            self._draw_files(draw)
+            with gr.Row(elem_classes=_BUTTONS):
+                self._exchange = draw.button("Exchange", "Exchanges the two LoRAs, with their strengths")
+                self._insert = draw.button(
+                    "Insert tag", "Puts the tag that means the same as this panel into the prompt"
+                )
+                self._read = draw.button("Read tag", "Takes the tag out of the prompt and sets this panel by it")
+            self._said = gr.HTML("", elem_id=script.elem_id("said"))
+            self.knobs["lean"] = draw.knob("lean")
+            with gr.Row():
+                self.knobs |= {key: draw.knob(key) for key in ("subject_weight", "style_weight")}
+            self.knobs["beta"] = draw.knob("beta")
+            with gr.Accordion("Advanced", open=False, elem_id=script.elem_id("advanced")):
+                self.knobs |= {key: draw.knob(key) for key in _FOLDED}
+            self._map = gr.HTML(say(_lora_list()[1], is_error=True), elem_id=script.elem_id("map"))
+            self._draw_presets(draw)
+            self._drawn = gr.State(Drawn())
+            self._connect(draw)
+        components = [self.knobs[key] for key in KNOBS]
+        pasted = [Pasted(key) for key in KNOBS]
+        script.infotext_fields = list(zip(components, pasted))
+        script.paste_field_names = pasted
+        self._wire()
+        return components
+
+    def meet(self, component: Any, elem_id: str | None) -> None:
+        """A component of the host's page has been made; the map needs a few of them, which may come after the panel."""
+        tab, _, name = (elem_id or "").partition("_")
+        if tab in ("txt2img", "img2img") and name in (*_OF_PAGE, *_OF_IMG2IMG):
+            self._page[name] = component
+            self._wire()
+
+    # -- drawing
+
+    def _draw_files(self, draw: _Drawing) -> None:
+        from modules.ui_common import create_refresh_button
+
+        names = [NOTHING, *_lora_list()[0]]
+        with draw.gr.Row():
+            self.knobs |= {key: draw.file(key, names) for key in _FILES}
+            create_refresh_button([self.knobs[key] for key in _FILES], _refresh, _choices, draw.id("refresh"))
+        self._cards = draw.gr.HTML("", elem_id=draw.id("cards"))
+
+    def _draw_presets(self, draw: _Drawing) -> None:
+        with draw.gr.Row(elem_classes=_BUTTONS):
+            self._preset = draw.own(
+                draw.gr.Dropdown(
+                    choices=_preset_names(),
+                    value=None,
+                    label="Preset",
+                    info="a set of all knobs under a name; choose one, or type a new name to save",
+                    allow_custom_value=True,
+                    elem_id=draw.id("preset"),
+                )
             )
-            lean = _slider(gr, script, "lean")
-            method = _choice(gr, script, "method", list(_BY_KEY["method"].choices))
-    return [enabled, *files, *weights, beta, lean, method]
+            self._load = draw.button("Load", "Sets this panel by the preset")
+            self._save = draw.button("Save", "Saves this panel under the name beside")
+            self._delete = draw.button("Delete", "Forgets the preset of the name beside")
+
+    # -- what happens
+
+    def _connect(self, draw: _Drawing) -> None:
+        """Connects what needs nothing of the host's page."""
+        knobs = [self.knobs[key] for key in KNOBS]
+        pairs = [self.knobs[key] for pair in _EXCHANGED for key in pair]
+        turned = [self.knobs[key] for one, other in _EXCHANGED for key in (other, one)]
+        self._exchange.click(fn=lambda *values: values, inputs=pairs, outputs=turned, show_progress=False)
+        files = [self.knobs[key] for key in _FILES]
+        for component in files:
+            component.change(fn=_draw_cards, inputs=files, outputs=[self._cards], show_progress=False)
+        told = [self._preset, self._said]
+        self._save.click(fn=_answering(_save, 1), inputs=[self._preset, *knobs], outputs=told, show_progress=False)
+        self._delete.click(fn=_answering(_delete, 1), inputs=[self._preset], outputs=told, show_progress=False)
+        self._load.click(
+            fn=_answering(_load, len(KNOBS)), inputs=[self._preset], outputs=[*knobs, self._said], show_progress=False
+        )
+        # The cards of the extra networks press these; the page's script knows which card it was.
+        dummy = draw.gr.Textbox(visible=False)
+        for key in _FILES:
+            button = draw.button(f"Use the card as {key}", "", key=f"pick_{key}", elem_classes=["est-lora-hidden"])
+            button.click(
+                fn=lambda name: name,
+                _js="estLoraPicked",
+                inputs=[dummy],
+                outputs=[self.knobs[key]],
+                show_progress=False,
+            )
+
+    def _wire(self) -> None:
+        """Connects the map, the tag and the host's page, once all of them are on it."""
+        from gradio.context import Context
+
+        names = [*_OF_PAGE, *(_OF_IMG2IMG if self._tab == "img2img" else ())] if self.knobs else []
+        blocks = getattr(Context.root_block, "blocks", {})
+        page = [self._page.get(name) for name in names]
+        if self._is_wired or not names or any(blocks.get(getattr(part, "_id", None)) is not part for part in page):
+            return
+        self._is_wired = True
+        knobs = [self.knobs[key] for key in KNOBS]
+        for component in (*knobs, *page[1:]):
+            self._redraw(component.change, page)
+        inserted = self._insert.click(
+            fn=_answering(_insert, 1), inputs=[page[0], *knobs], outputs=[page[0], self._said], show_progress=False
+        )
+        self._redraw(inserted.then, page)
+        read = self._read.click(
+            fn=_answering(_read, len(KNOBS) + 1),
+            inputs=[page[0]],
+            outputs=[page[0], *knobs, self._said],
+            show_progress=False,
+        )
+        self._redraw(read.then, page)
+
+    def _redraw(self, event: Callable[..., Any], page: list[Any]) -> None:
+        """Has an event redraw the map.
+
+        Gradio 3 drops an event while the one before is being answered. So the first answer is only a pause; after it
+        the map is drawn, and once more if anything has changed meanwhile: what is read last is what is there.
+        """
+        drawing = {
+            "fn": functools.partial(_draw_map, self._preview),
+            "inputs": [self._drawn, *(self.knobs[key] for key in KNOBS), *page],
+            "outputs": [self._map],
+            "show_progress": False,
+        }
+        event(fn=_pause, inputs=[], outputs=[], show_progress=False).then(**drawing).then(**drawing)
+
+
+class _Drawing:
+    """Makes components, with identifiers of one script, and the user's own defaults for values."""
+
+    def __init__(self, gr: Any, script: Any, defaults: Mapping[str, object]) -> None:
+        self.gr = gr
+        self._script = script
+        self._defaults = defaults
+
+    def id(self, key: str) -> str:
+        return str(self._script.elem_id(key))
+
+    def own(self, component: Any) -> Any:
+        """A component whose value the host isn't to keep among its own defaults: the settings have it."""
+        component.do_not_save_to_config = True
+        return component
+
+    def knob(self, key: str) -> Any:
+        field = _BY_KEY[key]
+        kind, arguments = settings.component(field)
+        about = f"{field.help}; {field.range}" if field.auto else field.help
+        value = shown(field, self._defaults[key])
+        made = getattr(self.gr, kind)(value=value, label=field.label, info=about, elem_id=self.id(key), **arguments)
+        return self.own(made)
+
+    def file(self, key: str, names: list[str]) -> Any:
+        field = _BY_KEY[key]
+        return self.gr.Dropdown(
+            choices=names,
+            value=NOTHING,
+            label=field.label,
+            info=field.help,
+            elem_id=self.id(key),
+            allow_custom_value=True,  # a name whose file has gone is said in words, not by an error of the page
+        )
+
+    def button(self, words: str, about: str, *, key: str = "", **more: Any) -> Any:
+        elem_id = self.id(key or words.lower().replace(" ", "_"))
+        return self.own(self.gr.Button(words, elem_id=elem_id, size="sm", tooltip=about, **more))
 
 
 def read(arguments: Sequence[object]) -> dict[str, object]:
@@ -64,32 +247,132 @@ def read(arguments: Sequence[object]) -> dict[str, object]:
 
 
 def _is_nothing(value: object) -> bool:
-    return value is None or (isinstance(value, str) and value in ("", _NOTHING))
+    return value is None or (isinstance(value, str) and value in ("", NOTHING))
 
 
-def _choice(gr: Any, script: Any, key: str, choices: list[str], *, custom: bool = False) -> Any:
-    field = _BY_KEY[key]
-    return gr.Dropdown(
-        choices=choices,
-        value=field.default or choices[0],
-        label=field.label,
-        info=field.help,
-        elem_id=script.elem_id(key),
-        allow_custom_value=custom,  # a name whose file has gone is said in words, not by an error of the page
-    )
+# -- what buttons do: each returns what it changes, and a sentence
 
 
-def _slider(gr: Any, script: Any, key: str) -> Any:
-    field = _BY_KEY[key]
-    return gr.Slider(
-        minimum=field.low,
-        maximum=field.high,
-        value=field.default,
-        step=_STEP,
-        label=field.label,
-        info=field.help,
-        elem_id=script.elem_id(key),
-    )
+def _answering(action: Callable[..., tuple[list[Any], str]], changes: int) -> Callable[..., list[Any]]:
+    """`action` for a page: what goes wrong becomes a sentence, and nothing is changed."""
+
+    def act(*values: Any) -> list[Any]:
+        import gradio as gr
+
+        try:
+            changed, sentence = action(*values)
+        except EstLoraError as error:
+            return [*[gr.update()] * changes, say(str(error), is_error=True)]
+        except Exception as error:
+            log.exception("EST-LoRA failed.")
+            said = f"EST-LoRA failed ({type(error).__name__}); the log has more."
+            return [*[gr.update()] * changes, say(said, is_error=True)]
+        return [*changed, say(sentence)]
+
+    return act
+
+
+def _insert(prompt: str, *values: object) -> tuple[list[Any], str]:
+    knobs = _typed(read([True, *values[1:]]))
+    loras = LoraList()
+    for key in _FILES:
+        if isinstance(name := knobs[key], str):
+            knobs[key] = loras.name_in_tag(name)
+    written = tag.write({**knobs, "enabled": True}, settings.defaults())
+    return [tag.put(prompt, written)], "The tag is in the prompt; from now on it goes before this panel."
+
+
+def _read(prompt: str) -> tuple[list[Any], str]:
+    tags = tag.find(prompt)
+    if not tags:
+        raise EstLoraError(f"There is no <{tag.NAME}:...> tag in the prompt.")
+    knobs = _typed({**settings.defaults(), **request.of_tags(tags)})
+    loras = LoraList()
+    for key in _FILES:
+        if isinstance(name := knobs[key], str):
+            knobs[key] = loras.find(name).name
+    values = [shown(_BY_KEY[key], knobs[key]) for key in KNOBS]
+    return [tag.without(prompt), *values], "The tag was taken out of the prompt; this panel has what it said."
+
+
+def _typed(knobs: Mapping[str, object]) -> dict[str, object]:
+    """Every knob, checked and as its own type."""
+    config = FusionConfig.of(knobs)
+    return {key: getattr(config, key) for key in KNOBS}
+
+
+def _save(name: str | None, *values: object) -> tuple[list[Any], str]:
+    import gradio as gr
+
+    presets = _presets()
+    presets.save(name or "", _typed(read([True, *values[1:]])))
+    sentence = " ".join([f"Saved as {(name or '').strip()}.", *presets.remarks])
+    return [gr.update(choices=presets.names(), value=(name or "").strip())], sentence
+
+
+def _delete(name: str | None) -> tuple[list[Any], str]:
+    import gradio as gr
+
+    presets = _presets()
+    presets.delete(name or "")
+    sentence = " ".join([f"{(name or '').strip()} is forgotten.", *presets.remarks])
+    return [gr.update(choices=presets.names(), value=None)], sentence
+
+
+def _load(name: str | None) -> tuple[list[Any], str]:
+    import gradio as gr
+
+    presets = _presets()
+    knobs = presets.load(name or "")
+    values = [shown(_BY_KEY[key], knobs[key]) if key in knobs else gr.update() for key in KNOBS]
+    return values, " ".join([f"{(name or '').strip()} is in the panel.", *presets.remarks])
+
+
+def _presets() -> Presets:
+    from modules.paths import data_path
+
+    return Presets(Path(data_path) / "est-lora" / "presets.json")
+
+
+def _preset_names() -> list[str]:
+    try:
+        return _presets().names()
+    except EstLoraError:  # said when one is used
+        return []
+
+
+def _pause() -> None:
+    time.sleep(_PAUSE_S)
+
+
+def _draw_map(preview: Preview, drawn: Drawn, *values: Any) -> Any:
+    import gradio as gr
+
+    if values == drawn.values:
+        return gr.update()
+    drawn.values = values
+    knobs, (prompt, sampler, scheduler, steps, *strength) = values[: len(KNOBS)], values[len(KNOBS) :]
+    try:
+        tagged = request.of_tags(tag.find(prompt or ""))
+        # While it is switched off, it shows what it would do.
+        asked = read(knobs) if tagged else read([True, *knobs[1:]])
+        asked = request.combined(asked, tagged)
+    except EstLoraError as error:
+        return say(str(error), is_error=True)
+    said = say("The tag in the prompt goes before this panel.") if tagged else ""
+    return said + preview.draw(asked, Sampling(sampler, scheduler, int(steps), *strength))
+
+
+def _draw_cards(*names: str | None) -> str:
+    return cards([None if _is_nothing(name) else name for name in names])
+
+
+def _lora_list() -> tuple[list[str], str]:
+    """The names of all files, and why there are none."""
+    try:
+        return LoraList().names(), ""
+    except EstLoraError as error:
+        return [], str(error)
 
 
 def _refresh() -> None:
@@ -100,7 +383,4 @@ def _refresh() -> None:
 
 
 def _choices() -> dict[str, list[str]]:
-    try:
-        return {"choices": [_NOTHING, *LoraList().names()]}
-    except EstLoraError:
-        return {"choices": [_NOTHING]}
+    return {"choices": [NOTHING, *_lora_list()[0]]}

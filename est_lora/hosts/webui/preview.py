@@ -1,0 +1,111 @@
+"""What the panel shows of a choice before anything is made: both cards, the gate map, and what it means in words."""
+
+from __future__ import annotations
+
+import html
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from est_lora import report
+from est_lora.config import FusionConfig
+from est_lora.errors import EstLoraError
+from est_lora.gate import FusionPlan
+from est_lora.hosts.webui import settings
+from est_lora.hosts.webui.loras import LoraList
+from est_lora.hosts.webui.steps import Sampling
+from est_lora.lora import LoraFile
+from est_lora.plot import gate_map_svg
+
+log = logging.getLogger(__name__)
+
+_KEPT = 4  # files: two pairs, as a pair is often compared with another
+
+
+@dataclass
+class Drawn:
+    """What one page shows a map of: the values that it was drawn for."""
+
+    values: tuple[object, ...] = ()
+
+
+class Preview:
+    """Plans pairs for the panel. Files stay mapped for the next time; no checkpoint is touched."""
+
+    def __init__(self) -> None:
+        self._files: OrderedDict[tuple[object, ...], LoraFile] = OrderedDict()
+
+    def plan(self, knobs: Mapping[str, object]) -> FusionPlan:
+        """What will happen.
+
+        Raises:
+            EstLoraError: a knob or a file can't be used.
+        """
+        config = FusionConfig.of(knobs)
+        loras = LoraList()
+        subject, style = (self._file(loras.find(name, look_again=False).filename) for name in config.pair())
+        return FusionPlan.of(subject, style, config)
+
+    def draw(self, knobs: Mapping[str, object], sampling: Sampling) -> str:
+        """The plan as HTML: a line in words, remarks, and the map; or the sentence that says why there is none."""
+        if not knobs.get("subject") or not knobs.get("style"):
+            return say("Choose a subject and a style: what each will do is drawn here.")
+        try:
+            plan = self.plan(knobs)
+        except EstLoraError as error:
+            return say(str(error), is_error=True)
+        except Exception as error:
+            log.exception("The gate map failed.")
+            return say(f"The map can't be drawn ({type(error).__name__}); the log has more.", is_error=True)
+        words = report.summary(plan)
+        drawn = [say(words), *map(say, [*plan.subject.remarks, *plan.style.remarks])]
+        if plan.pair_remarks:
+            drawn.append(say("Layers whose updates depend on the checkpoint's weights are decided when it is used."))
+        if settings.draws_map():
+            svg = gate_map_svg(plan, sampling.taus(plan.config.clock))
+            drawn.append(f'<div class="est-lora-map" role="img" aria-label="{html.escape(words)}">{svg}</div>')
+        return "".join(drawn)
+
+    def _file(self, path: str) -> LoraFile:
+        stat = Path(path).stat()
+        key = (path, stat.st_mtime_ns, stat.st_size)
+        file = self._files.pop(key, None) or LoraFile.load(path)
+        self._files[key] = file
+        while len(self._files) > _KEPT:
+            self._files.popitem(last=False)
+        return file
+
+
+def cards(names: Sequence[str | None]) -> str:
+    """The preview pictures of LoRAs, as HTML; empty where none has one."""
+    drawn = []
+    for role, name in zip(("Subject", "Style"), names):
+        url = _card(name) if name else None
+        if url:
+            about = html.escape(f"{role}: {name}")
+            drawn.append(
+                f'<figure><img src="{html.escape(url)}" alt="{about}"><figcaption>{about}</figcaption></figure>'
+            )
+    return f'<div class="est-lora-cards">{"".join(drawn)}</div>' if drawn else ""
+
+
+def say(sentence: str, *, is_error: bool = False) -> str:
+    """A sentence as HTML."""
+    kind = "est-lora-error" if is_error else "est-lora-said"
+    return f'<p class="{kind}">{html.escape(sentence)}</p>' if sentence else ""
+
+
+def _card(name: str) -> str | None:
+    from modules import ui_extra_networks
+
+    try:
+        entry = LoraList().find(name, look_again=False)
+        page = next(page for page in ui_extra_networks.extra_pages if page.name == "lora")
+        stem = str(Path(entry.filename).with_suffix(""))
+        url: Any = page.find_preview(stem) or page.find_embedded_preview(stem, entry.name, entry.metadata)
+    except Exception:  # noqa: BLE001 - no picture, or a file's own words about it that nobody understands
+        return None
+    return url

@@ -1,0 +1,92 @@
+"""The page of settings: what a knob is where neither a tag, the panel nor a request says so, and a few of the house."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from est_lora.config import FIELDS, Field
+from est_lora.errors import EstLoraError
+
+log = logging.getLogger(__name__)
+
+_SECTION = ("est_lora", "EST-LoRA")
+_PREFIX = "est_lora_"
+_DRAW_MAP, _SAVE_MAP, _LOG = "est_lora_draw_map", "est_lora_save_map", "est_lora_log"
+_LEVELS = {"warnings": logging.WARNING, "every fusion": logging.INFO, "every layer": logging.DEBUG}
+_STEP = 0.05
+
+KNOBS = tuple(field for field in FIELDS if field.key not in ("enabled", "subject", "style"))
+
+
+def register() -> None:
+    """Has the host show the page when it makes its settings, and sets the log's level."""
+    from modules import script_callbacks
+
+    script_callbacks.on_ui_settings(_add)
+    _set_log_level()
+
+
+def defaults() -> dict[str, object]:
+    """The knobs as the user has set them; one that can't be used is told in the log and is the built-in default."""
+    found: dict[str, object] = {}
+    for field in KNOBS:
+        try:
+            found[field.key] = field.parse(_read(_PREFIX + field.key, field.default))
+        except EstLoraError as error:
+            log.warning("Settings -> %s: %s", _SECTION[1], error)
+            found[field.key] = field.default
+    return found
+
+
+def draws_map() -> bool:
+    """Whether the panel draws the gate map."""
+    return bool(_read(_DRAW_MAP, True))
+
+
+def saves_map() -> bool:
+    """Whether the gate map is saved beside each picture."""
+    return bool(_read(_SAVE_MAP, False))
+
+
+def component(field: Field) -> tuple[str, dict[str, Any]]:
+    """The name of the gradio component that edits a knob, and its arguments."""
+    if field.choices:
+        return "Radio", {"choices": list(field.choices)}
+    if field.auto:
+        return "Textbox", {"max_lines": 1}
+    # A lower bound that is excluded is one step below what can be chosen.
+    low = field.low + _STEP if field.above_low else field.low
+    return "Slider", {"minimum": low, "maximum": field.high, "step": _STEP}
+
+
+def _add() -> None:
+    import gradio as gr
+    from modules import shared
+
+    def add(key: str, default: object, label: str, kind: Any, arguments: dict[str, Any], about: str = "") -> Any:
+        option = shared.OptionInfo(default, label, kind, arguments, section=_SECTION)
+        shared.opts.add_option(key, option.info(about) if about else option)
+        return option
+
+    for field in KNOBS:
+        kind, arguments = component(field)
+        default = field.text(field.default) if field.auto else field.default
+        add(_PREFIX + field.key, default, field.label, getattr(gr, kind), arguments, field.help).needs_reload_ui()
+    add(_DRAW_MAP, True, "Draw the gate map in the panel", gr.Checkbox, {})
+    add(_SAVE_MAP, False, "Save the gate map beside each saved picture", gr.Checkbox, {}, "NAME-gate-map.png")
+    add(_LOG, next(iter(_LEVELS)), "Log", gr.Radio, {"choices": list(_LEVELS)}).onchange = _set_log_level
+
+
+def _set_log_level() -> None:
+    """Lets the chosen level through; a host whose own log is off gets a handler, as it would print warnings alone."""
+    logger = logging.getLogger("est_lora")
+    logger.setLevel(_LEVELS.get(str(_read(_LOG, "")), logging.WARNING))
+    if not logger.hasHandlers():
+        logger.addHandler(logging.StreamHandler())
+
+
+def _read(key: str, default: object) -> object:
+    from modules import shared
+
+    return shared.opts.data.get(key, default)

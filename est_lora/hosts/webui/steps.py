@@ -1,0 +1,103 @@
+"""Where the steps of a sampler will begin, told before a picture is made and without a checkpoint."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from est_lora import clock
+
+log = logging.getLogger(__name__)
+
+_TIMESTEPS = 1000
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a picture will be sampled, by the noise schedule that Stable Diffusion 1 and XL were trained with.
+
+    Attributes:
+        sampler, scheduler: as they are called in the WebUI.
+        steps: how many are asked for.
+        strength: of denoising, in img2img, where the first steps are left out; None in txt2img.
+    """
+
+    sampler: str
+    scheduler: str | None
+    steps: int
+    strength: float | None = None
+
+    def taus(self, by: str) -> list[float]:
+        """`tau` at the beginning of each step, by the clock `timestep` or `step`.
+
+        Empty for a sampler that chooses its steps as it goes, and for one that isn't understood.
+        """
+        try:
+            steps, left_out = self._counts()
+            taus = _taus(self.sampler, self.scheduler, steps)
+        except Exception:  # noqa: BLE001 - of a host that does it otherwise; the map is worth having without
+            log.debug("The steps of %s aren't understood.", self, exc_info=True)
+            return []
+        if by == "step":
+            taus = [number / len(taus) for number in range(len(taus))]
+        return taus[left_out:]
+
+    def _counts(self) -> tuple[int, int]:
+        """How many steps there are, and how many of them are left out."""
+        if self.strength is None:
+            return self.steps, 0
+        from modules.sd_samplers_common import setup_img2img_steps
+
+        steps, last = setup_img2img_steps(SimpleNamespace(steps=self.steps, denoising_strength=self.strength))
+        return steps, max(steps - last - 1, 0)
+
+
+def _taus(sampler: str, scheduler: str | None, steps: int) -> list[float]:
+    from modules import sd_models, sd_samplers, sd_samplers_kdiffusion, sd_samplers_timesteps
+
+    if sd_models.model_data.sd_model is None:  # some schedules ask what it is, and that would load it
+        return []
+    config = sd_samplers.find_sampler_config(sampler)
+    schedule = _schedule()
+    asks = SimpleNamespace(config=config, model_wrap=schedule)
+    job = _job(scheduler)
+    if any(config.name == other.name for other in sd_samplers_timesteps.samplers_data_timesteps):
+        timesteps = sd_samplers_timesteps.CompVisSampler.get_timesteps(asks, job, steps).flip(0)
+    elif _has_list(config.name, sd_samplers_kdiffusion):
+        sigmas = sd_samplers_kdiffusion.KDiffusionSampler.get_sigmas(asks, job, steps)
+        timesteps = [schedule.sigma_to_t(sigma) for sigma in sigmas if sigma > 0]
+    else:
+        timesteps = []
+    return [clock.from_timestep(float(timestep), _TIMESTEPS) for timestep in timesteps]
+
+
+def _has_list(name: str, k_diffusion: Any) -> bool:
+    for label, function, *_ in k_diffusion.samplers_k_diffusion:
+        if label == name:
+            named = function if callable(function) else getattr(k_diffusion.k_diffusion.sampling, function)
+            return bool({"sigmas", "sigma_sched"} & inspect.signature(named).parameters.keys())
+    return True
+
+
+def _schedule() -> Any:
+    from k_diffusion.external import DiscreteSchedule
+
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, _TIMESTEPS, dtype=torch.float64) ** 2
+    alphas = torch.cumprod(1 - betas, 0)
+    return DiscreteSchedule(((1 - alphas) / alphas).sqrt().float(), quantize=False)
+
+
+def _job(scheduler: str | None) -> Any:
+    """As much of a job as the hosts' samplers ask of one."""
+    return SimpleNamespace(
+        is_hr_pass=False,
+        scheduler=scheduler,
+        sampler_noise_scheduler_override=None,
+        extra_generation_params={},
+        sd_model=SimpleNamespace(is_webui_legacy_model=lambda: True),
+    )
