@@ -8,6 +8,7 @@ from est_lora.hosts.webui import api, panel, paste, settings, tags
 from est_lora.hosts.webui.axes import add as add_axes
 from est_lora.hosts.webui.job import Job
 from est_lora.hosts.webui.panel import TITLE, Panel
+from est_lora.hosts.webui.saved import save_map
 
 __all__ = ["TITLE", "Panel", "add_axes", "before_sampling", "begin", "prompts_read", "register"]
 
@@ -19,6 +20,7 @@ def register() -> None:
     from modules import script_callbacks
 
     settings.register()
+    script_callbacks.on_image_saved(lambda saved: save_map(saved.filename, getattr(saved.p, _ATTRIBUTE, None)))
     script_callbacks.on_infotext_pasted(lambda _, parameters: paste.rename_tags(parameters))
     script_callbacks.on_before_ui(lambda: tags.register(begin))  # earlier, and the host would forget it
     script_callbacks.on_app_started(lambda _, app: api.add_routes(app))

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import functools
+import io
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from est_lora import report
 from est_lora.config import AUTO, FIELDS, Field, FusionConfig
 from est_lora.errors import EstLoraError, quote
-from est_lora.gate import FusionPlan
 from est_lora.hosts.webui import panel
 from est_lora.hosts.webui.loras import LoraList
-from est_lora.lora import LoraFile
+from est_lora.hosts.webui.paste import renamed
+from est_lora.hosts.webui.preview import Preview
+from est_lora.hosts.webui.request import combined
+from est_lora.hosts.webui.steps import Sampling
+from est_lora.plot import gate_map
 
 _PREFIX = "/est-lora/v1"
 # A route that every host has behind its own password; ours get the same guard.
 _GUARDED = "/sdapi/v1/options"
+_SAMPLER, _STEPS, _MOST_STEPS = "Euler", 20, 1000
 _TYPES = {str: "string", float: "number", bool: "boolean"}
 
 
@@ -25,17 +30,19 @@ def add_routes(app: Any) -> None:
     guarded = next((route for route in app.routes if getattr(route, "path", None) == _GUARDED), None)
     if guarded is None or any(getattr(route, "path", "").startswith(_PREFIX) for route in app.routes):
         return
-    from fastapi import HTTPException, Request
+    from fastapi import Request, Response
 
     def plan(request: Request) -> dict[str, Any]:
         """What the two LoRAs will do, layer by layer."""
-        try:
-            return plan_json(dict(request.query_params))
-        except EstLoraError as error:
-            raise HTTPException(status_code=422, detail=str(error)) from error
+        return _answer(plan_json, dict(request.query_params))
 
-    plan.__annotations__["request"] = Request  # annotations here are text, which FastAPI can't look up
-    for name, endpoint in (("schema", schema), ("plan", plan)):
+    def plan_png(request: Request) -> Response:
+        """The same as a picture."""
+        return Response(_answer(plan_picture, dict(request.query_params)), media_type="image/png")
+
+    for endpoint in (plan, plan_png):
+        endpoint.__annotations__["request"] = Request  # annotations here are text, which FastAPI can't look up
+    for name, endpoint in (("schema", schema), ("plan", plan), ("plan.png", plan_png)):
         app.add_api_route(
             f"{_PREFIX}/{name}", endpoint, methods=["GET"], dependencies=guarded.dependencies, response_model=None
         )
@@ -59,9 +66,26 @@ def plan_json(knobs: Mapping[str, object]) -> dict[str, Any]:
     Raises:
         EstLoraError: a knob or a file can't be used.
     """
-    config = FusionConfig.of(knobs)
-    subject, style = (LoraFile.load(LoraList().find(name).filename) for name in config.pair())
-    return report.to_json(FusionPlan.of(subject, style, config))
+    return report.to_json(Preview().plan(combined(knobs)))
+
+
+def plan_picture(asked: Mapping[str, Any]) -> bytes:
+    """The gate map of a pair as PNG; beside the knobs a request may name `sampler`, `scheduler` and `steps` to mark.
+
+    Raises:
+        EstLoraError: a knob or a file can't be used.
+    """
+    knobs = dict(asked)
+    sampler, scheduler, steps = (knobs.pop(key, None) for key in ("sampler", "scheduler", "steps"))
+    plan = Preview().plan(combined(knobs))
+    marks: list[float] = []
+    if sampler is not None or steps is not None:
+        if not str(steps or _STEPS).isdecimal():
+            raise EstLoraError(f"steps can't be {quote(steps)}: it is a whole number.")
+        marks = Sampling(sampler or _SAMPLER, scheduler, min(int(steps or _STEPS), _MOST_STEPS)).taus(plan.config.clock)
+    stream = io.BytesIO()
+    gate_map(plan, marks).savefig(stream, format="png")
+    return stream.getvalue()
 
 
 def check(request: Any) -> None:
@@ -101,30 +125,59 @@ def _check_arguments(given: object) -> None:
 
 
 def guard_requests() -> Callable[[], None]:
-    """Has the host refuse malformed requests with 422 before they queue; returns what undoes it."""
+    """Has the host refuse malformed requests with 422 before they queue; returns what undoes it.
+
+    It also has the tags of a prompt that the host takes from an `infotext` name the files as they are called here.
+    """
     from modules.api.api import Api
 
-    ours = "est_lora_wraps"
-    original = getattr(Api.init_script_args, ours, Api.init_script_args)  # of a registration before Reload UI
-
-    @functools.wraps(original)
-    def init_script_args(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        from fastapi import HTTPException
-
-        try:
-            check(request)
-        except EstLoraError as error:
-            raise HTTPException(status_code=422, detail=str(error)) from error
+    def init_script_args(original: Callable[..., Any], self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        _answer(check, request)
         return original(self, request, *args, **kwargs)
 
-    setattr(init_script_args, ours, original)
-    Api.init_script_args = init_script_args
+    def apply_infotext(original: Callable[..., Any], self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        parameters = original(self, request, *args, **kwargs)
+        if parameters and request.prompt:
+            request.prompt = renamed(request.prompt, parameters)
+        return parameters
+
+    undo = [_wrap(Api, wrapper) for wrapper in (init_script_args, apply_infotext) if hasattr(Api, wrapper.__name__)]
+
+    def undo_all() -> None:
+        for one in undo:
+            one()
+
+    return undo_all
+
+
+def _wrap(owner: type, wrapper: Callable[..., Any]) -> Callable[[], None]:
+    """Puts `wrapper` around the method of its name, once; returns what undoes it."""
+    name, ours = wrapper.__name__, "est_lora_wraps"
+    there = getattr(owner, name)
+    original = getattr(there, ours, there)  # under a registration before Reload UI
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    setattr(wrapped, ours, original)
+    setattr(owner, name, wrapped)
 
     def undo() -> None:
-        if Api.init_script_args is init_script_args:
-            Api.init_script_args = original
+        if getattr(owner, name) is wrapped:
+            setattr(owner, name, original)
 
     return undo
+
+
+def _answer(function: Callable[[Any], Any], asked: Any) -> Any:
+    """What `function` says to a request, or 422 with the sentence of what is wrong with it."""
+    from fastapi import HTTPException
+
+    try:
+        return function(asked)
+    except EstLoraError as error:
+        raise HTTPException(status_code=422, detail=str(error)) from error
 
 
 def _property(field: Field) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from est_lora import report
 from est_lora.config import FusionConfig
 from est_lora.errors import EstLoraError, quote
 from est_lora.fusion import FusionSession, remove_branches
@@ -60,6 +61,7 @@ class Job:
     Attributes:
         session: what is on the UNet at the moment; None between samplings.
         is_sampling: whether the host is between the beginning of the first pass and the end of the last.
+        done: the plan of the first pass, and every `tau` at which it was asked; None where there was no fusion.
     """
 
     def __init__(self, p: Any, given: Mapping[str, object]) -> None:
@@ -68,6 +70,7 @@ class Job:
         self._given = given
         self.session: FusionSession | None = None
         self.is_sampling = False
+        self.done: tuple[FusionPlan, list[float]] | None = None
         self._second_pass = False
         self._fusion: Fusion | None = None
         self._plans: dict[tuple[object, ...], FusionPlan] = {}
@@ -93,6 +96,7 @@ class Job:
         tags: Mapping[str, Sequence[Any]] = p.hr_extra_network_data if second_pass else p.extra_network_data
         heeded = {} if p.disable_extra_networks else tags
         if not second_pass:
+            self.done = None
             infotext.clear(p)
             unguard(p)
             if self._given or tag.NAME in heeded or getattr(p, "enable_hr", False):
@@ -166,12 +170,15 @@ class Job:
         with ExitStack() as attached:
             attached.enter_context(_uncompiled())
             attached.enter_context(session)
-            attached.callback(
-                host.unet.register_forward_pre_hook(Progress(session, host, starts), with_kwargs=True).remove
-            )
+            hook = Progress(session, host, starts)
+            attached.callback(host.unet.register_forward_pre_hook(hook, with_kwargs=True).remove)
             attached.callback(self._look_back, session, host)
             self._sampling = attached.pop_all()
         self.session = session
+        self.done = self.done or (plan, hook.taus)
+        if log.isEnabledFor(logging.INFO):
+            log.info("%s", report.summary(plan))
+            log.debug("%s", report.table(plan))
         for remark in session.remarks:
             self.say(remark)
 
@@ -213,6 +220,7 @@ class Job:
         self._text.close()
         is_second = self._second_pass or getattr(self._p, "is_hr_pass", False)
         if not is_second:
+            self.done = None
             infotext.refuse(self._p, str(error))
         self.say(f"{error} The {'second pass' if is_second else 'picture'} was made without EST-LoRA.")
 
@@ -222,9 +230,14 @@ class Job:
 
 
 class Progress:
-    """The hook on the UNet that tells a session, at each call, where the picture is."""
+    """The hook on the UNet that tells a session, at each call, where the picture is.
+
+    Attributes:
+        taus: where it has been.
+    """
 
     def __init__(self, session: FusionSession, host: Host, starts: list[float]) -> None:
+        self.taus: list[float] = []
         self._session = session
         self._host = host
         self._starts = starts
@@ -234,7 +247,9 @@ class Progress:
         if not self._session.attached:
             return
         if self._host.still_loaded():
-            self._session.at(progress(self._host, self._starts, args, kwargs))
+            tau = progress(self._host, self._starts, args, kwargs)
+            self.taus.append(tau)
+            self._session.at(tau)
         else:
             self._session.detach()
 

@@ -52,7 +52,12 @@ def rename_tags(parameters: dict[str, Any]) -> None:
     """Has the tags of the prompts that are being pasted name the files as they are called here."""
     for key in _PROMPTS:
         if isinstance(prompt := parameters.get(key), str):
-            parameters[key] = tag.rename(prompt, lambda name: _name(name, parameters, in_tag=True))
+            parameters[key] = renamed(prompt, parameters)
+
+
+def renamed(prompt: str, parameters: Mapping[str, Any]) -> str:
+    """A prompt of a picture with these parameters, its tags naming the files as they are called here."""
+    return tag.rename(prompt, lambda name: _name(name, parameters, in_tag=True))
 
 
 def _value(field: Field, parameters: Mapping[str, Any]) -> Any:

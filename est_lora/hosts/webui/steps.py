@@ -40,7 +40,7 @@ class Sampling:
         try:
             steps, left_out = self._counts()
             taus = _taus(self.sampler, self.scheduler, steps)
-        except Exception:  # noqa: BLE001 - of a host that does it otherwise; the map is worth having without
+        except Exception:
             log.debug("The steps of %s aren't understood.", self, exc_info=True)
             return []
         if by == "step":

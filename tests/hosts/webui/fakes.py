@@ -182,7 +182,7 @@ class Script:
 
 def scripts_module() -> ModuleType:
     fake = ModuleType("modules.scripts")
-    fake.Script, fake.AlwaysVisible = Script, object()
+    fake.Script, fake.AlwaysVisible, fake.scripts_data = Script, object(), []
     return fake
 
 
@@ -236,32 +236,95 @@ class App:
         return endpoint(SimpleNamespace(query_params=query)) if endpoint.__annotations__.get("request") else endpoint()
 
 
+class Component(SimpleNamespace):
+    """Notes how it was made, and what happens when."""
+
+    kind = ""
+
+    def __init__(self, kind: str, args: tuple[Any, ...], knobs: dict[str, Any]) -> None:
+        super().__init__(kind=kind, args=args, **knobs)
+        self.events: dict[str, list[dict[str, Any]]] = {}
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} {getattr(self, 'elem_id', '')}>"
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def change(self, **event: Any) -> Event:
+        return Event(self.events.setdefault("change", []), event)
+
+    def click(self, **event: Any) -> Event:
+        return Event(self.events.setdefault("click", []), event)
+
+
+class Event:
+    """Something that happens, and what happens after it."""
+
+    def __init__(self, chain: list[dict[str, Any]], event: dict[str, Any]) -> None:
+        self._chain = chain
+        chain.append(event)
+
+    def then(self, **event: Any) -> Event:
+        return Event(self._chain, event)
+
+
 def gradio_module(built: list[Any]) -> ModuleType:
-    """Components note how they were made."""
+    """Components of one page."""
     fake = ModuleType("gradio")
 
     def component(kind: str) -> Any:
         def make(*args: Any, **knobs: Any) -> Any:
-            made = SimpleNamespace(kind=kind, args=args, **knobs)
+            made = Component(kind, args, knobs)
+            made._id = len(built)
             built.append(made)
+            fake.Context.root_block.blocks[made._id] = made
             return made
 
         return make
 
     @contextmanager
-    def row():
+    def layout(*args: Any, **knobs: Any):
         yield
 
-    for kind in ("Dropdown", "Slider", "Textbox", "Markdown"):
+    for kind in ("Dropdown", "Slider", "Textbox", "Markdown", "Radio", "HTML", "Button", "State", "Checkbox"):
         setattr(fake, kind, component(kind))
-    fake.Row = row
+    fake.Row = fake.Accordion = layout
+    fake.update = lambda **changes: {"__type__": "update", **changes}
+    fake.Context = SimpleNamespace(root_block=SimpleNamespace(blocks={}))
+    return fake
+
+
+def shared_module() -> ModuleType:
+    """The host's settings."""
+    fake = ModuleType("modules.shared")
+
+    class OptionInfo(SimpleNamespace):
+        def __init__(self, default, label, component=None, component_args=None, section=None):
+            super().__init__(
+                default=default, label=label, component=component, arguments=component_args, section=section, about=""
+            )
+
+        def info(self, about: str) -> OptionInfo:
+            self.about = about
+            return self
+
+        def needs_reload_ui(self) -> OptionInfo:
+            return self
+
+    options: dict[str, OptionInfo] = {}
+    fake.OptionInfo = OptionInfo
+    fake.opts = SimpleNamespace(data={}, options=options, add_option=options.__setitem__)
     return fake
 
 
 def accordion(built: list[Any]) -> Any:
     @contextmanager
     def make(**knobs: Any):
-        made = SimpleNamespace(kind="InputAccordion", args=(), **knobs)
+        made = Component("InputAccordion", (), knobs)
         built.append(made)
         yield made
 

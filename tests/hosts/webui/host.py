@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from est_lora.config import FIELDS
 from tests.hosts.webui import fakes
 from tests.hosts.webui.networks import A1111, FIRST_WIDTH, FORGE, SECOND_WIDTH, Clip, OpenClip, UNet, tokens_of
 from tests.hosts.webui.samplers import ALPHAS, Call, Predictor, sampler_of
@@ -99,8 +100,18 @@ class WebUI:
         common, components = ModuleType("modules.ui_common"), ModuleType("modules.ui_components")
         common.create_refresh_button = self._refresh_button
         components.InputAccordion = fakes.accordion(self.components)
-        fastapi = ModuleType("fastapi")
+        fastapi, paths, gradio = (
+            ModuleType("fastapi"),
+            ModuleType("modules.paths"),
+            fakes.gradio_module(self.components),
+        )
         fastapi.HTTPException, fastapi.Request = fakes.HTTPException, SimpleNamespace
+        fastapi.Response = lambda content, media_type: SimpleNamespace(content=content, media_type=media_type)
+        paths.data_path = str(self.folder)
+        context = ModuleType("gradio.context")
+        context.Context = gradio.Context
+        extra = ModuleType("modules.ui_extra_networks")
+        extra.extra_pages = []
         named = [
             ModuleType("modules"),
             ModuleType("modules.api"),
@@ -111,8 +122,12 @@ class WebUI:
             samplers,
             common,
             components,
-            fakes.gradio_module(self.components),
+            gradio,
+            context,
             fastapi,
+            paths,
+            extra,
+            fakes.shared_module(),
             self.networks,
         ]
         self.modules = {module.__name__: module for module in named}
@@ -132,7 +147,7 @@ class WebUI:
         self.script.args_to = len(self.default_arguments())
 
     def default_arguments(self) -> list[Any]:
-        return [False, "None", "None", 1, 1, "auto", 0, "est"]
+        return [False, "None", "None", *(field.default for field in FIELDS[3:])]
 
     def api_arguments(self, scripts: dict[str, Any]) -> list[Any]:
         """The script arguments that a request with these `alwayson_scripts` gives."""
