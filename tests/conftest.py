@@ -17,3 +17,4 @@ def pytest_addoption(parser):
     group.addoption("--webui-folder", metavar="FOLDER", help="with an address: where that WebUI is installed")
     group.addoption("--webui-python", metavar="PATH", help="with a folder: the Python to start it with")
     group.addoption("--webui-args", metavar="TEXT", default="", help="with a folder: what to start it with")
+    group.addoption("--webui-shots", metavar="FOLDER", help="where screenshots of the page are to be put")

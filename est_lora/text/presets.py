@@ -7,7 +7,6 @@ A writer holds a lock, writes beside the file and puts the whole in its place, s
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import os
@@ -58,26 +57,25 @@ class Presets:
     def save(self, name: str, knobs: Mapping[str, object]) -> None:
         """Writes a preset, in place of an older one of that name. Raises EstLoraError for a bad name or knob.
 
-        Knobs that aren't given are written too, so that the preset means the same when a default changes.
+        Knobs that aren't given are written too, so that it means the same when a default changes; but never `enabled`,
+        nor a subject or style that isn't given.
         """
         name, config = _checked(name), FusionConfig.of(knobs)
         with self._changing() as presets:
-            presets[name] = _kept(dataclasses.asdict(config))
+            presets[name] = _kept(vars(config))
 
     def delete(self, name: str) -> None:
         """Removes a preset. Raises EstLoraError where there is none of that name."""
-        _find(name, self._presets())  # nothing is made or locked for a name that isn't there
+        known = _find(name, self._presets())
         with self._changing() as presets:
-            del presets[_find(name, presets)]
+            presets.pop(known, None)  # another process may have been faster
 
     def _presets(self) -> dict[str, Any]:
         try:
             self.remarks = []
             return _read(self._path)["presets"]  # type: ignore[no-any-return]
         except OSError as error:
-            raise EstLoraError(
-                f"{quote(self._path)} can't be read, give rights to the file: {reason(error)}"
-            ) from error
+            raise EstLoraError(f"{quote(self._path)} can't be read, see to its rights: {reason(error)}") from error
         except _DAMAGE:
             try:
                 with self._changing() as presets:  # which sets it aside
@@ -99,9 +97,8 @@ class Presets:
                 yield content["presets"]
                 _write(self._path, content)
         except (OSError, RecursionError) as error:
-            raise EstLoraError(
-                f"{quote(self._path)} can't be written, see to its folder's rights and room or try later: {reason(error)}"
-            ) from error
+            told = f"{quote(self._path)} can't be written, see to its folder's rights and room or try again"
+            raise EstLoraError(f"{told}: {reason(error)}") from error
 
     def _read_or_set_aside(self) -> dict[str, Any]:
         """What the file holds; only under the lock, lest a file be moved that another process has just mended."""
@@ -111,10 +108,8 @@ class Presets:
             numbered = (f"{self._path.stem}.damaged-{n}{self._path.suffix}" for n in itertools.count(1))
             aside = next(path for path in map(self._path.with_name, numbered) if not os.path.lexists(path))
             os.rename(self._path, aside)
-            self.remarks.append(
-                f"{quote(self._path)} was damaged and is called {quote(aside.name)} now; presets begin anew:"
-                f" {reason(damage)}"
-            )
+            told = f"{quote(self._path)} was damaged and is now called {quote(aside.name)}; presets begin anew"
+            self.remarks.append(f"{told}: {reason(damage)}")
             return _read(self._path)
 
 
@@ -139,7 +134,6 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def _kept(knobs: Mapping[str, object]) -> dict[str, object]:
-    """What a preset says: not whether there is fusion at all, and nothing of a pair it doesn't name."""
     return {key: value for key, value in knobs.items() if key != "enabled" and value is not None}
 
 

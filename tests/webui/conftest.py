@@ -50,6 +50,30 @@ def webui(request, started):
     running.tidy_up()
 
 
+@pytest.fixture(scope="session")
+def browser():
+    """A browser without a window."""
+    pytest.importorskip("selenium", reason="the page is tested with selenium: pip install selenium")
+    from tests.webui import browser
+
+    if browser.CHROMIUM is None:
+        pytest.skip("there is no Chromium to look at the page with")
+    driver = browser.start()
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def page(browser, webui):
+    """The WebUI's page, just opened on txt2img; there must be no error in its console when the test ends."""
+    from tests.webui.browser import Page
+
+    page = Page(browser, webui.address)
+    page.open()
+    yield page
+    assert not page.console_errors()
+
+
 @pytest.fixture(params=["sd15", "sdxl"], scope="session")
 def family(request, webui):
     webui.use(request.param)

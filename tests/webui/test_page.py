@@ -1,0 +1,215 @@
+"""The panel, worked in a browser: what a person sees and does, and that the picture is the one it promises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.webui.pictures import est, pair
+
+SMALL = {"steps": 4, "width": 64, "height": 64, "seed": 1}
+KNOBS = {"lean": -0.25, "style_weight": 0.8}
+
+
+@pytest.fixture
+def shoot(request, page, webui):
+    """Takes a screenshot of the panel, where somebody wants some."""
+    folder = request.config.getoption("--webui-shots")
+    host = "forge" if webui.is_forge else "a1111"
+
+    def take(name, selector=None):
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            page.screenshot(Path(folder, f"{host}-{page.tab}-{name}.png"), selector or page.id("enabled"))
+
+    return take
+
+
+@pytest.fixture
+def chosen(page, webui, sd15):
+    """The page with a pair chosen and small pictures asked for."""
+    names = pair(webui)
+    fill(page, names)
+    return names
+
+
+def fill(page, names):
+    page.prompt = "a red cat"
+    for name, value in SMALL.items():
+        page.host(name, value)
+    page.unfold()
+    page.press("refresh")
+    for key, name in zip(("subject", "style"), names):
+        page.choose(key, name)
+    page.until(lambda: page.is_there(f"{page.id('map')} svg"), "the map is drawn")
+
+
+def of_api(webui, names, **knobs):
+    """What the API draws with the page's settings."""
+    sampler = {"sampler_name": "DPM++ 2M", "scheduler": "Automatic", "cfg_scale": 7}
+    return webui.picture("a red cat", est=est(*names, **knobs), **SMALL, **sampler)
+
+
+def tag(page):
+    return page.prompt.partition(" <est:")[2]
+
+
+def drawn(page):
+    return page.find(page.id("map")).get_attribute("innerHTML")
+
+
+def redrawn(page, before):
+    page.until(lambda: drawn(page) != before, "the map is drawn anew")
+
+
+def test_panel_tag_and_api_make_one_picture(page, webui, chosen, shoot):
+    for key, value in KNOBS.items():
+        page.set(key, value)
+    by_panel = page.draw()
+    shoot("panel")
+    assert np.array_equal(by_panel, of_api(webui, chosen, **KNOBS))
+    assert not np.array_equal(by_panel, of_api(webui, chosen))
+    page.press("insert_tag")
+    page.until(lambda: tag(page), "the tag is in the prompt")
+    page.set("enabled", False)
+    assert np.array_equal(page.draw(), by_panel)
+
+
+def test_the_tag_comes_back(page, chosen):
+    page.set("lean", -0.25)
+    page.set("enabled", True)
+    page.press("insert_tag")
+    page.until(lambda: tag(page), "the tag is in the prompt")
+    page.set("lean", 0.5)
+    page.press("exchange")
+    page.until(lambda: page.value("subject") == chosen[1], "they are exchanged")
+    page.press("read_tag")
+    page.until(lambda: page.value("lean") == "-0.25", "the panel has it")
+    assert page.prompt == "a red cat"
+    assert (page.value("subject"), page.value("style")) == chosen
+
+
+def test_the_map_follows_what_is_chosen(page, chosen, shoot):
+    for change in (
+        lambda: page.set("lean", 0.5),
+        lambda: page.host("steps", 9),
+        lambda: page.set("lean", -1),
+        lambda: page.press("exchange"),
+    ):
+        before = drawn(page)
+        change()
+        redrawn(page, before)
+    page.unfold("advanced")
+    before = drawn(page)
+    page.set("method", "sum")
+    redrawn(page, before)
+    assert "both" in page.text("map")
+    shoot("advanced")
+
+
+def test_what_is_wrong_is_said_in_the_panel(page, chosen):
+    page.choose("style", "nothing like it")
+    page.until(lambda: "no LoRA 'nothing like it'" in page.text("map"), "it is said")
+    assert not page.is_there(f"{page.id('map')} svg")
+    page.press("read_tag")
+    page.until(lambda: "no <est:...> tag" in page.text("said"), "it is said")
+
+
+@pytest.mark.parametrize("is_renamed", [False, True])
+def test_a_picture_finds_its_way_back(page, webui, chosen, is_renamed, tmp_path):
+    page.set("lean", -0.25)
+    page.press("insert_tag")
+    page.until(lambda: tag(page), "the tag is in the prompt")
+    picture = page.draw()
+    (tmp_path / "picture.png").write_bytes(page.png)
+    names = chosen
+    old = webui.loras / f"{chosen[0]}.safetensors"
+    if is_renamed:
+        names = (f"{chosen[0]}-renamed", chosen[1])
+        old.rename(old.with_stem(names[0]))
+        webui.post("refresh-loras", {})
+    try:
+        page.open()
+        page.tab_of("PNG Info")
+        page.find("#pnginfo_image input[type=file]").send_keys(str(tmp_path / "picture.png"))
+        page.until(lambda: "EST-LoRA" in page.find("#tab_pnginfo").text, "it is read")
+        page.click("#tab_pnginfo #txt2img_tab")
+        page.until(lambda: page.value("subject") == names[0], "the subject is there")
+        assert page.value("style") == names[1]
+        assert page.value("lean") == "-0.25"
+        assert page.value("enabled") is True
+        assert tag(page).startswith(":".join(names))
+        assert np.array_equal(page.draw(), picture)
+    finally:
+        if is_renamed:
+            old.with_stem(names[0]).rename(old)
+            webui.post("refresh-loras", {})
+
+
+def test_parameters_are_pasted_over_everything(page, chosen):
+    page.set("style_weight", 0.5)
+    page.draw()
+    infotext = page.infotext
+    page.set("style_weight", 1.5)
+    page.set("lean", 0.5)
+    page.paste(infotext)
+    page.until(lambda: page.value("style_weight") == "0.5", "it is pasted")
+    assert page.value("lean") == "0"
+    page.paste("a red cat\nSteps: 4, Sampler: Euler, Seed: 1")
+    page.until(lambda: page.value("enabled") is False, "it is switched off")
+    assert page.value("subject") == chosen[0]
+
+
+def test_to_the_other_tab_and_each_with_its_own_state(page, chosen):
+    page.set("lean", -0.25)
+    page.draw()
+    page.click("#txt2img_send_to_img2img")
+    page.tab = "img2img"
+    page.until(lambda: page.value("subject") == chosen[0], "img2img has it")
+    assert page.value("lean") == "-0.25"
+    page.set("lean", 0.75)
+    page.tab = "txt2img"
+    assert page.value("lean") == "-0.25"
+
+
+def test_presets(page, chosen):
+    page.set("lean", -0.25)
+    page.choose("preset", "for a test")
+    page.press("save")
+    page.until(lambda: "Saved as for a test" in page.text("said"), "it is saved")
+    page.set("lean", 1)
+    page.press("exchange")
+    page.press("load")
+    page.until(lambda: page.value("lean") == "-0.25", "it is loaded")
+    assert page.value("subject") == chosen[0]
+    page.press("delete")
+    page.until(lambda: "forgotten" in page.text("said"), "it is deleted")
+
+
+def test_a_grid_over_methods(page, webui, chosen, shoot):
+    page.grid("[EST] Method", "est, k-lora, sum, subject, style", "[EST] Lean", "-0.5, 0, 0.5")
+    grid = page.draw()
+    assert grid.shape[0] > 3 * 64
+    assert grid.shape[1] > 5 * 64
+    shoot("grid", "#txt2img_gallery")
+    if webui.is_forge:
+        return
+    plain = of_api(webui, chosen, method="sum")
+    assert any(
+        np.array_equal(grid[y : y + 64, x : x + 64], plain) for y, x in np.ndindex(*(np.array(grid.shape[:2]) - 63))
+    )
+
+
+@pytest.mark.parametrize(("theme", "width"), [("light", 1400), ("dark", 1400), ("light", 420), ("dark", 420)])
+def test_how_it_looks(page, webui, sd15, shoot, theme, width):
+    page.driver.set_window_size(width, 2600)
+    try:
+        page.open(theme=theme)
+        fill(page, pair(webui))
+        panel = page.find(page.id("enabled"))
+        shoot(f"{theme}-{width}")
+        assert page.run("return arguments[0].scrollWidth <= arguments[0].clientWidth + 1", panel)
+    finally:
+        page.driver.set_window_size(1400, 2600)
