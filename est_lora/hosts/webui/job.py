@@ -99,7 +99,7 @@ class Job:
             self.done = None
             infotext.clear(p)
             unguard(p)
-            if self._given or tag.NAME in heeded or getattr(p, "enable_hr", False):
+            if self._given or axes.chosen(p) or tag.NAME in heeded or getattr(p, "enable_hr", False):
                 guard(p, self)
         try:
             knobs = _asked(p, self._given, heeded, [*(p.hr_prompts if second_pass else p.prompts), *p.negative_prompts])
