@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 # Told apart by every kind of colour vision, and in grey.
 COLOURS = {SUBJECT: "#2f5d9b", STYLE: "#f0a33c", BOTH: "#7fae86", NONE: "#e4e4e4", NEEDS_MODEL: "#b9a7c9"}
 _COLUMNS = 800
+_NARROW = 0.03  # a block of fewer of the rows has no room for its name
 _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)|(mid)_block")
 _INK = "#1f2328"
-_WIDTH = 9.0
+_WIDTH, _WIDTH_ON_PAGE = 9.0, 7.0
 _SHARE = 1.0  # height of the lower panel, in inches like all lengths here
 _MARGINS = {"left": 0.95, "right": 1.15, "top": 0.55, "bottom": 0.5, "between": 0.12}
 
@@ -31,7 +32,8 @@ def gate_map(plan: FusionPlan, steps: Sequence[float] = ()) -> Figure:
         plan: what is drawn.
         steps: the `tau` at which the steps of a sampler begin; they are marked.
     """
-    figure = _figure(plan, steps, height=min(max(3.6 + len(plan.layers) * 0.035, 4.5), 14), top=_MARGINS["top"])
+    height = min(max(3.6 + len(plan.layers) * 0.035, 4.5), 14)
+    figure = _figure(plan, steps, width=_WIDTH, height=height, top=_MARGINS["top"])
     names = f"{plan.subject.path.stem}  x  {plan.style.path.stem}"
     figure.axes[0].set_title(
         f"{names}\n{plan.config.method}, beta {plan.beta:.3g}, alpha {plan.config.alpha:g}",
@@ -45,7 +47,7 @@ def gate_map(plan: FusionPlan, steps: Sequence[float] = ()) -> Figure:
 def gate_map_svg(plan: FusionPlan, steps: Sequence[float] = ()) -> str:
     """The same for a page, as an `<svg>` that takes the page's own text colour, light or dark; it has no title."""
     stream = io.StringIO()
-    figure = _figure(plan, steps, height=4.2, top=0.22)
+    figure = _figure(plan, steps, width=_WIDTH_ON_PAGE, height=3.8, top=0.12)
     figure.patch.set_alpha(0)
     figure.savefig(stream, format="svg", metadata={"Date": None})
     svg = stream.getvalue()
@@ -57,15 +59,15 @@ def style_share(layers: list[LayerPlan], tau: float) -> float:
     return sum(layer.acts(tau) in (STYLE, BOTH) for layer in layers) / max(len(layers), 1)
 
 
-def _figure(plan: FusionPlan, steps: Sequence[float], *, height: float, top: float) -> Figure:
+def _figure(plan: FusionPlan, steps: Sequence[float], *, width: float, height: float, top: float) -> Figure:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDTH, height), dpi=130)
-    left, width = _MARGINS["left"] / _WIDTH, 1 - (_MARGINS["left"] + _MARGINS["right"]) / _WIDTH
+    figure = Figure(figsize=(width, height), dpi=130)
+    left, across = _MARGINS["left"] / width, 1 - (_MARGINS["left"] + _MARGINS["right"]) / width
     bottom, share = _MARGINS["bottom"] / height, _SHARE / height
     above = bottom + share + _MARGINS["between"] / height
-    upper = figure.add_axes((left, above, width, 1 - above - top / height))
-    lower = figure.add_axes((left, bottom, width, share), sharex=upper)
+    upper = figure.add_axes((left, above, across, 1 - above - top / height))
+    lower = figure.add_axes((left, bottom, across, share), sharex=upper)
     _draw_map(upper, plan)
     _draw_share(lower, plan)
     _mark_steps(lower, steps)
@@ -94,7 +96,8 @@ def _draw_map(axes: Axes, plan: FusionPlan) -> None:
     )
     ticks = []
     for name, first, last in _blocks(plan):
-        ticks.append(((first + last) / 2, name))
+        if last - first > _NARROW * len(grid):
+            ticks.append(((first + last) / 2, name))
         if first:
             axes.axhline(first, color="white", linewidth=1.2)
     axes.set_yticks([place for place, _ in ticks], [name for _, name in ticks], fontsize=8)

@@ -36,7 +36,8 @@ def summary(plan: FusionPlan) -> str:
             f" between {switching[0]:.0%} and {switching[-1]:.0%} of the way, half of them by {middle:.0%}"
         )
     counts = Counter(_pattern(layer) for layer in gated)
-    for acts, count in counts.most_common():
+    for acts, number in counts.most_common():
+        count = f"{number}" if said else f"{number} of {len(gated)} gated layers"
         if acts == (NEEDS_MODEL,):
             said.append(f"{count} need the model to be decided")
         elif len(acts) == 1:

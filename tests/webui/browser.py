@@ -50,6 +50,7 @@ class Page:
         self.tab = tab
         self.png = b""
         self._address = address
+        self._before: list[str] = []
 
     def open(self, tab: str | None = None, theme: str = "light") -> None:
         """Loads the page anew and goes to a tab."""
@@ -214,15 +215,24 @@ class Page:
 
     def draw(self) -> np.ndarray:
         """Presses Generate and returns the (first) picture, as integers."""
-        sources = f"return [...document.querySelectorAll('#{self.tab}_gallery img')].map(image => image.src)"
-        before = self.run(sources)
+        self.begin()
+        return self.picture()
+
+    def begin(self) -> None:
+        """Presses Generate."""
+        self._before = self._sources()
         self.click(f"#{self.tab}_generate")
-        self.until(lambda: set(self.run(sources)) - set(before), "there is a picture")
+
+    def picture(self) -> np.ndarray:
+        """Waits for the (first) picture since `begin`."""
+        self.until(lambda: set(self._sources()) - set(self._before), "there is a picture")
         self.until(lambda: not self.is_there(f"#{self.tab}_interrupt"), "it is done")
-        source = self.until(lambda: self.run(sources), "the picture is there")[0]
-        answer = requests.get(source, timeout=_PATIENCE_S)
-        self.png = answer.content
+        source = self.until(self._sources, "the picture is there")[0]
+        self.png = requests.get(source, timeout=_PATIENCE_S).content
         return np.asarray(Image.open(io.BytesIO(self.png)).convert("RGB")).astype(int)
+
+    def _sources(self) -> list[str]:
+        return self.run(f"return [...document.querySelectorAll('#{self.tab}_gallery img')].map(image => image.src)")
 
     @property
     def infotext(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import shlex
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 import requests
 import webuiapi
+from PIL import Image
 
 from tests.webui.checkpoints import write_sd15, write_sdxl
 from tests.webui.loras import write_lora
@@ -104,6 +107,11 @@ class Running:
         result = self.api.post_and_get_api_result(f"{self.address}/sdapi/v1/{route}", body, use_async=False)
         self.seconds = time.perf_counter() - start
         return [np.asarray(image.convert("RGB")).astype(int) for image in result.images], result.info
+
+    @staticmethod
+    def decode(image: str) -> np.ndarray:
+        """A picture of a plain answer of the API."""
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB")).astype(int)
 
     def picture(self, *args: Any, **kwargs: Any) -> np.ndarray:
         """The one picture of a request."""

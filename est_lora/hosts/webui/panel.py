@@ -26,8 +26,13 @@ KNOBS = tuple(field.key for field in FIELDS)
 _BY_KEY = {field.key: field for field in FIELDS}
 _FILES = ("subject", "style")
 _FOLDED = (
-    *("method", "alpha", "balance", "pattern", "clock", "layers", "other"),
-    *("subject_te", "style_te", "hires", "engine"),
+    ("method",),
+    ("alpha",),
+    ("balance", "pattern"),
+    ("clock", "layers"),
+    ("other", "hires"),
+    ("subject_te", "style_te"),
+    ("engine",),
 )
 # What of the host's own page the map depends on, by the ends of the identifiers.
 _OF_PAGE = ("prompt", "sampling", "scheduler", "steps")
@@ -72,9 +77,11 @@ class Panel:
             with gr.Row():
                 self.knobs |= {key: draw.knob(key) for key in ("subject_weight", "style_weight")}
             self.knobs["beta"] = draw.knob("beta")
-            with gr.Accordion("Advanced", open=False, elem_id=script.elem_id("advanced")):
-                self.knobs |= {key: draw.knob(key) for key in _FOLDED}
             self._map = gr.HTML(say(_lora_list()[1], is_error=True), elem_id=script.elem_id("map"))
+            with gr.Accordion("Advanced", open=False, elem_id=script.elem_id("advanced")):
+                for row in _FOLDED:
+                    with gr.Row():
+                        self.knobs |= {key: draw.knob(key) for key in row}
             self._draw_presets(draw)
             self._drawn = gr.State(Drawn())
             self._connect(draw)

@@ -1,0 +1,98 @@
+"""The page of settings, what is saved beside pictures, and what the API makes of a picture's parameters."""
+
+from __future__ import annotations
+
+import io
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.webui.pictures import est, pair
+
+
+@contextmanager
+def options(webui, **values):
+    """Settings, until the block ends."""
+    before = webui.api.get_options()
+    webui.api.set_options({f"est_lora_{key}": value for key, value in values.items()})
+    try:
+        yield
+    finally:
+        webui.api.set_options({f"est_lora_{key}": before[f"est_lora_{key}"] for key in values})
+
+
+def has_page(webui):
+    return "est_lora_lean" in webui.api.get_options()
+
+
+def test_a_setting_counts_where_nobody_says_otherwise(webui, sd15):
+    if not has_page(webui):
+        pytest.skip("a WebUI without a page has no page of settings")
+    names = pair(webui)
+    given = webui.picture(est=est(*names, lean=-0.5))
+    said = webui.picture(est=est(*names, lean=0.5))
+    with options(webui, lean=-0.5):
+        assert np.array_equal(webui.picture(est=est(*names)), given)
+        assert np.array_equal(webui.picture(f"a red cat <est:{':'.join(names)}>"), given)
+        assert np.array_equal(webui.picture(est=est(*names, lean=0.5)), said)
+        _, info = webui.pictures(est=est(*names))
+    assert "EST-LoRA lean: -0.5" in info["infotexts"][0]
+
+
+def test_the_map_is_saved_beside_the_picture(webui, sd15):
+    if not has_page(webui):
+        pytest.skip("a WebUI without a page has no page of settings")
+    names = pair(webui)
+
+    def maps():
+        return set(webui.folder.rglob("output*/**/*-gate-map.png"))
+
+    before = maps()
+    webui.picture(est=est(*names), save_images=True)
+    assert maps() == before
+    with options(webui, save_map=True):
+        webui.picture(save_images=True)
+        assert maps() == before
+        webui.picture(est=est(*names), save_images=True)
+        (made,) = maps() - before
+    try:
+        assert Image.open(made).width > 1000
+        assert [path for path in made.parent.iterdir() if path.stem == made.stem.removesuffix("-gate-map")]
+    finally:
+        made.unlink()
+
+
+def test_the_plan_as_a_picture(webui, sd15):
+    subject, style = pair(webui)
+    query = {"subject": subject, "style": style, "sampler": "Euler", "steps": "7"}
+    answer = webui.get("plan.png", **query)
+    assert answer.headers["content-type"] == "image/png"
+    with_steps = Image.open(io.BytesIO(answer.content)).convert("RGB")
+    del query["sampler"], query["steps"]
+    without = Image.open(io.BytesIO(webui.get("plan.png", **query).content)).convert("RGB")
+    assert with_steps.size == without.size
+    assert with_steps.tobytes() != without.tobytes()
+    assert webui.get("plan.png", subject="nobody", style=style).status_code == 422
+    assert webui.get("plan.png", subject=subject, style=style, steps="many").status_code == 422
+
+
+@pytest.mark.parametrize("is_renamed", [False, True])
+def test_parameters_in_a_request(webui, sd15, is_renamed):
+    if webui.is_forge:
+        pytest.skip("this host's own `infotext` doesn't work")
+    names = pair(webui)
+    (picture, *_), info = webui.pictures(f"a red cat <est:{':'.join(names)}:lean=-0.5>", seed=3)
+    old = webui.loras / f"{names[0]}.safetensors"
+    if is_renamed:
+        old.rename(old.with_stem(f"{names[0]}-renamed"))
+        webui.post("refresh-loras", {})
+    try:
+        answer = webui.post("txt2img", {"infotext": info["infotexts"][0]})
+        assert answer.status_code == 200, answer.text
+        assert np.array_equal(webui.decode(answer.json()["images"][0]), picture)
+    finally:
+        if is_renamed:
+            old.with_stem(f"{names[0]}-renamed").rename(old)
+            webui.post("refresh-loras", {})
