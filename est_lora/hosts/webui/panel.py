@@ -162,7 +162,7 @@ class Panel:
         names = [*_OF_PAGE, *(_OF_IMG2IMG if self._tab == "img2img" else ())] if self.knobs else []
         blocks = getattr(Context.root_block, "blocks", {})
         page = [self._page.get(name) for name in names]
-        if self._is_wired or not names or any(blocks.get(getattr(part, "_id", None)) is not part for part in page):
+        if self._is_wired or not names or any(part is None or blocks.get(part._id) is not part for part in page):
             return
         self._is_wired = True
         knobs = [self.knobs[key] for key in KNOBS]
