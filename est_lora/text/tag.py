@@ -102,12 +102,18 @@ def rename(prompt: str, name_of: Callable[[str], str]) -> str:
         except EstLoraError:  # it is said when a picture is made
             return found[0]
         pieces = [
-            piece if key not in _FILES or not value else piece.replace(value, name_of(value))
+            _with_value(piece, value, name_of(value)) if key in _FILES and value else piece
             for piece, (key, value) in zip(content.split(":"), pairs)
         ]
         return f"{start}:{':'.join(pieces)}>"
 
     return _TAG.sub(renamed, prompt)
+
+
+def _with_value(piece: str, value: str, new: str) -> str:
+    """A piece with another value, and the key and the space around both as they are."""
+    start = piece.find("=") + 1  # 0 where there is no key
+    return piece[:start] + piece[start:].replace(value, new, 1)
 
 
 def _pairs(pieces: Sequence[str]) -> list[tuple[str, str]]:
