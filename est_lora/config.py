@@ -91,8 +91,11 @@ class Field:
         return self._parse_number(value)
 
     def text(self, value: object) -> str:
-        """A value as a person would type it."""
-        return f"{value:g}" if isinstance(value, float) else str(value)
+        """A value as a person would type it, from which `parse` makes the same value again."""
+        if not isinstance(value, float):
+            return str(value)
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
 
     def _parse_name(self, value: object) -> str | None:
         if value is None:
