@@ -20,7 +20,8 @@ def write(p: Any, plan: FusionPlan, subject: Any, style: Any) -> None:
     written = p.extra_generation_params
     written |= fusion(plan.config)
     written |= {_INFOTEXT["subject"]: subject.name, _INFOTEXT["style"]: style.name}
-    written |= {_INFOTEXT["beta"]: round(plan.beta, 6), _VERSION: __version__}
+    beta = plan.config.beta if isinstance(plan.config.beta, float) else round(plan.beta, 6)
+    written |= {_INFOTEXT["beta"]: beta, _VERSION: __version__}
     # In the host's own table, from which it writes its line again before a second pass.
     p.lora_hashes = _Hashes(
         getattr(p, "lora_hashes", {}), {entry.name: entry.shorthash for entry in (subject, style) if entry.shorthash}
