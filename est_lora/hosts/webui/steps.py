@@ -38,42 +38,47 @@ class Sampling:
         Empty for a sampler that chooses its steps as it goes, and for one that isn't understood.
         """
         try:
-            steps, left_out = self._counts()
-            taus = _taus(self.sampler, self.scheduler, steps)
+            steps, last = self._counts()
+            taus, has_sigmas = _taus(self.sampler, self.scheduler, steps)
         except Exception:
             log.debug("The steps of %s aren't understood.", self, exc_info=True)
             return []
         if by == "step":
             taus = [number / len(taus) for number in range(len(taus))]
-        return taus[left_out:]
+        if last is None:
+            return taus
+        return taus[max(steps - last - 1 if has_sigmas else len(taus) - last, 0) :]
 
-    def _counts(self) -> tuple[int, int]:
-        """How many steps there are, and how many of them are left out."""
+    def _counts(self) -> tuple[int, int | None]:
+        """How many steps there are, and at which of them, counted from the end, img2img begins."""
         if self.strength is None:
-            return self.steps, 0
+            return self.steps, None
         from modules.sd_samplers_common import setup_img2img_steps
 
         steps, last = setup_img2img_steps(SimpleNamespace(steps=self.steps, denoising_strength=self.strength))
-        return steps, max(steps - last - 1, 0)
+        return steps, last
 
 
-def _taus(sampler: str, scheduler: str | None, steps: int) -> list[float]:
+def _taus(sampler: str, scheduler: str | None, steps: int) -> tuple[list[float], bool]:
+    """`tau` of all steps, and whether the sampler has a list of sigmas; else it has one of timesteps, or none."""
     from modules import sd_models, sd_samplers, sd_samplers_kdiffusion, sd_samplers_timesteps
 
     if sd_models.model_data.sd_model is None:  # some schedules ask what it is, and that would load it
-        return []
+        return [], False
     config = sd_samplers.find_sampler_config(sampler)
     schedule = _schedule()
     asks = SimpleNamespace(config=config, model_wrap=schedule)
     job = _job(scheduler)
+    has_sigmas = False
     if any(config.name == other.name for other in sd_samplers_timesteps.samplers_data_timesteps):
         timesteps = sd_samplers_timesteps.CompVisSampler.get_timesteps(asks, job, steps).flip(0)
     elif _has_list(config.name, sd_samplers_kdiffusion):
         sigmas = sd_samplers_kdiffusion.KDiffusionSampler.get_sigmas(asks, job, steps)
         timesteps = [schedule.sigma_to_t(sigma) for sigma in sigmas if sigma > 0]
+        has_sigmas = True
     else:
         timesteps = []
-    return [clock.from_timestep(float(timestep), _TIMESTEPS) for timestep in timesteps]
+    return [clock.from_timestep(float(timestep), _TIMESTEPS) for timestep in timesteps], has_sigmas
 
 
 def _has_list(name: str, k_diffusion: Any) -> bool:
