@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 COLOURS = {SUBJECT: "#2f5d9b", STYLE: "#f0a33c", BOTH: "#7fae86", NONE: "#e4e4e4", NEEDS_MODEL: "#b9a7c9"}
 _COLUMNS = 800
 _NARROW = 0.03  # a block of fewer of the rows has no room for its name
+_MIDDLES = [(column + 0.5) / _COLUMNS for column in range(_COLUMNS)]
 _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)|(mid)_block")
 _INK = "#1f2328"
 _WIDTH, _WIDTH_ON_PAGE = 9.0, 7.0
@@ -115,7 +117,7 @@ def _row(layer: LayerPlan, order: list[str]) -> list[int]:
     """Who acts in the middle of each column of the map, as places in `order`."""
     row: list[int] = []
     for segment, end in zip(layer.segments, [*(later.start for later in layer.segments[1:]), 1.0]):
-        columns = round(end * _COLUMNS) - len(row)
+        columns = bisect_left(_MIDDLES, end) - len(row)
         row += [order.index(segment.acts)] * columns
     return row
 
