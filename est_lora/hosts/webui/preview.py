@@ -70,7 +70,10 @@ class Preview:
         return "".join(drawn)
 
     def _file(self, path: str) -> LoraFile:
-        stat = Path(path).stat()
+        try:
+            stat = Path(path).stat()
+        except OSError:  # it has gone since the host looked
+            return LoraFile.load(path)
         key = (path, stat.st_mtime_ns, stat.st_size)
         file = self._files.pop(key, None) or LoraFile.load(path)
         self._files[key] = file
