@@ -280,7 +280,7 @@ def _answering(action: Callable[..., tuple[list[Any], str]], changes: int) -> Ca
 
 
 def _insert(prompt: str, *values: object) -> tuple[list[Any], str]:
-    knobs = _typed(read([True, *values[1:]]))
+    knobs = _typed(request.combined(read([True, *values[1:]])))
     loras = LoraList()
     for key in _FILES:
         if isinstance(name := knobs[key], str):
@@ -312,7 +312,7 @@ def _save(name: str | None, *values: object) -> tuple[list[Any], str]:
     import gradio as gr
 
     presets = _presets()
-    presets.save(name or "", _typed(read([True, *values[1:]])))
+    presets.save(name or "", _typed(request.combined(read([True, *values[1:]]))))
     sentence = " ".join([f"Saved as {(name or '').strip()}.", *presets.remarks])
     return [gr.update(choices=presets.names(), value=(name or "").strip())], sentence
 
