@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ _PREFIX = "/est-lora/v1"
 # A route that every host has behind its own password; ours get the same guard.
 _GUARDED = "/sdapi/v1/options"
 _SAMPLER, _STEPS, _MOST_STEPS = "Euler", 20, 1000
+_WHOLE = re.compile(r"[0-9]{1,9}")
 _TYPES = {str: "string", float: "number", bool: "boolean"}
 
 
@@ -80,7 +82,7 @@ def plan_picture(asked: Mapping[str, Any]) -> bytes:
     plan = Preview().plan(combined(knobs))
     marks: list[float] = []
     if sampler is not None or steps is not None:
-        if not str(steps or _STEPS).isdecimal():
+        if not _WHOLE.fullmatch(str(steps or _STEPS)):
             raise EstLoraError(f"steps can't be {quote(steps)}: it is a whole number.")
         marks = Sampling(sampler or _SAMPLER, scheduler, min(int(steps or _STEPS), _MOST_STEPS)).taus(plan.config.clock)
     stream = io.BytesIO()

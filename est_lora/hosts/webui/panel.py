@@ -367,7 +367,7 @@ def _draw_map(preview: Preview, drawn: Drawn, *values: Any) -> Any:
     except EstLoraError as error:
         return say(str(error), is_error=True)
     said = say("The tag in the prompt goes before this panel.") if tagged else ""
-    return said + preview.draw(asked, Sampling(sampler, scheduler, int(steps), *strength))
+    return said + preview.draw(asked, Sampling(sampler, scheduler, int(steps or 0), *strength))
 
 
 def _draw_cards(*names: str | None) -> str:
