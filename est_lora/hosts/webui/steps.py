@@ -38,25 +38,24 @@ class Sampling:
         Empty for a sampler that chooses its steps as it goes, and for one that isn't understood.
         """
         try:
-            steps, last = self._counts()
+            steps, left = self._counts()
             taus, has_sigmas = _taus(self.sampler, self.scheduler, steps)
         except Exception:
             log.debug("The steps of %s aren't understood.", self, exc_info=True)
             return []
         if by == "step":
             taus = [number / len(taus) for number in range(len(taus))]
-        if last is None:
-            return taus
-        return taus[max(steps - last - 1 if has_sigmas else len(taus) - last, 0) :]
+        # Of a list of sigmas the host takes one more than of a list of timesteps.
+        return taus[max(len(taus) - left - has_sigmas, 0) :]
 
-    def _counts(self) -> tuple[int, int | None]:
-        """How many steps there are, and at which of them, counted from the end, img2img begins."""
+    def _counts(self) -> tuple[int, int]:
+        """How many steps there are, and how many the host counts as left to do."""
         if self.strength is None:
-            return self.steps, None
+            return self.steps, _TIMESTEPS
         from modules.sd_samplers_common import setup_img2img_steps
 
-        steps, last = setup_img2img_steps(SimpleNamespace(steps=self.steps, denoising_strength=self.strength))
-        return steps, last
+        steps, left = setup_img2img_steps(SimpleNamespace(steps=self.steps, denoising_strength=self.strength))
+        return steps, left
 
 
 def _taus(sampler: str, scheduler: str | None, steps: int) -> tuple[list[float], bool]:
