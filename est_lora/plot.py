@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import uuid
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -21,6 +22,8 @@ _COLUMNS = 800
 _NARROW = 0.03  # a block of fewer of the rows has no room for its name
 _MIDDLES = [(column + 0.5) / _COLUMNS for column in range(_COLUMNS)]
 _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)|(mid)_block")
+_STYLE = re.compile(r"<defs>\s*<style.*?</style>\s*</defs>", re.DOTALL)
+_REFERENCE = re.compile(r'( id="|href="#|url\(#)')
 _INK = "#1f2328"
 _WIDTH, _WIDTH_ON_PAGE = 9.0, 7.0
 _SHARE = 1.0  # height of the lower panel, in inches like all lengths here
@@ -51,9 +54,15 @@ def gate_map_svg(plan: FusionPlan, steps: Sequence[float] = ()) -> str:
     stream = io.StringIO()
     figure = _figure(plan, steps, width=_WIDTH_ON_PAGE, height=3.8, top=0.12)
     figure.patch.set_alpha(0)
-    figure.savefig(stream, format="svg", metadata={"Date": None})
+    figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = stream.getvalue()
-    return svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    return _kept_to_itself(svg[svg.index("<svg") :].replace(_INK, "currentColor"))
+
+
+def _kept_to_itself(svg: str) -> str:
+    """Without what would reach others on the same page: a style for everything, identifiers that another map has too."""
+    svg = _STYLE.sub("", svg).replace("<svg", '<svg style="stroke-linejoin: round; stroke-linecap: butt"', 1)
+    return _REFERENCE.sub(rf"\1est-lora-{uuid.uuid4().hex[:12]}-", svg)
 
 
 def style_share(layers: list[LayerPlan], tau: float) -> float:
