@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from contextlib import contextmanager
 from pathlib import Path
@@ -215,8 +216,39 @@ def api_module(defaults: list[Any]) -> ModuleType:
                     arguments[index] = given["args"][index]
             return arguments
 
+        def apply_infotext(self, request, tabname, *, script_runner=None, mentioned_script_args=None):
+            if not request.infotext:
+                return {}
+            parameters = read_infotext(request.infotext)
+            if request.prompt is None:
+                request.prompt = parameters["Prompt"]
+            return parameters
+
     fake.Api, fake.defaults = Api, defaults
     return fake
+
+
+_PARAMETER = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+
+
+def infotext_of(prompt: str, parameters: dict[str, Any]) -> str:
+    """The text that a picture carries."""
+    values = {"Steps": 5, "Sampler": "Euler", "Seed": 1, **parameters}
+    pairs = ((key, str(value)) for key, value in values.items() if value is not None)
+    quoted = (
+        (key, json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ",\n:") else value)
+        for key, value in pairs
+    )
+    return f"{prompt}\n" + ", ".join(f"{key}: {value}" for key, value in quoted)
+
+
+def read_infotext(text: str) -> dict[str, Any]:
+    """What the host makes of it: everything is text."""
+    *prompt, last = text.strip().split("\n")
+    found = {
+        key: json.loads(value) if value[:1] == value[-1:] == '"' else value for key, value in _PARAMETER.findall(last)
+    }
+    return {**found, "Prompt": "\n".join(line.strip() for line in prompt)}
 
 
 class App:
@@ -278,10 +310,8 @@ def gradio_module(built: list[Any]) -> ModuleType:
 
     def component(kind: str) -> Any:
         def make(*args: Any, **knobs: Any) -> Any:
-            made = Component(kind, args, knobs)
-            made._id = len(built)
-            built.append(made)
-            fake.Context.root_block.blocks[made._id] = made
+            made = Component(kind, args, {"value": args[0] if args else None, **knobs})
+            enter(fake, built, made)
             return made
 
         return make
@@ -305,7 +335,14 @@ def shared_module() -> ModuleType:
     class OptionInfo(SimpleNamespace):
         def __init__(self, default, label, component=None, component_args=None, section=None):
             super().__init__(
-                default=default, label=label, component=component, arguments=component_args, section=section, about=""
+                default=default,
+                label=label,
+                component=component,
+                arguments=component_args,
+                section=section,
+                about="",
+                reloads=False,
+                onchange=None,
             )
 
         def info(self, about: str) -> OptionInfo:
@@ -313,6 +350,7 @@ def shared_module() -> ModuleType:
             return self
 
         def needs_reload_ui(self) -> OptionInfo:
+            self.reloads = True
             return self
 
     options: dict[str, OptionInfo] = {}
@@ -321,11 +359,18 @@ def shared_module() -> ModuleType:
     return fake
 
 
-def accordion(built: list[Any]) -> Any:
+def enter(gradio: ModuleType, built: list[Any], made: Component) -> None:
+    """Puts a new component on the page that is being built."""
+    made._id = len(built)
+    built.append(made)
+    gradio.Context.root_block.blocks[made._id] = made
+
+
+def accordion(gradio: ModuleType, built: list[Any]) -> Any:
     @contextmanager
     def make(**knobs: Any):
         made = Component("InputAccordion", (), knobs)
-        built.append(made)
+        enter(gradio, built, made)
         yield made
 
     return make

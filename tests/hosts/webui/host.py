@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from est_lora.config import FIELDS
 from tests.hosts.webui import fakes
 from tests.hosts.webui.networks import A1111, FIRST_WIDTH, FORGE, SECOND_WIDTH, Clip, OpenClip, UNet, tokens_of
-from tests.hosts.webui.samplers import ALPHAS, Call, Predictor, sampler_of
+from tests.hosts.webui.samplers import ALPHAS, Call, Predictor, sampler_modules, sampler_of
 
 ENTRY = Path(__file__).parents[3] / "scripts" / "est_lora.py"
 _TAG = re.compile(r"<(\w+):([^>]+)>")
@@ -99,12 +99,9 @@ class WebUI:
         samplers.setup_img2img_steps = fakes.setup_img2img_steps
         common, components = ModuleType("modules.ui_common"), ModuleType("modules.ui_components")
         common.create_refresh_button = self._refresh_button
-        components.InputAccordion = fakes.accordion(self.components)
-        fastapi, paths, gradio = (
-            ModuleType("fastapi"),
-            ModuleType("modules.paths"),
-            fakes.gradio_module(self.components),
-        )
+        gradio = fakes.gradio_module(self.components)
+        components.InputAccordion = fakes.accordion(gradio, self.components)
+        fastapi, paths = ModuleType("fastapi"), ModuleType("modules.paths")
         fastapi.HTTPException, fastapi.Request = fakes.HTTPException, SimpleNamespace
         fastapi.Response = lambda content, media_type: SimpleNamespace(content=content, media_type=media_type)
         paths.data_path = str(self.folder)
@@ -129,8 +126,10 @@ class WebUI:
             extra,
             fakes.shared_module(),
             self.networks,
+            *sampler_modules(),
         ]
         self.modules = {module.__name__: module for module in named}
+        self.modules["modules.sd_models"].model_data = self
         for name, module in self.modules.items():
             parent, _, leaf = name.rpartition(".")
             if parent:
@@ -322,6 +321,8 @@ class Processing:
     enable_hr = False
     is_hr_pass = False
     iteration = 0
+    scheduler = hr_scheduler = "Automatic"
+    sampler_noise_scheduler_override = None
 
     def __init__(self, web: WebUI, prompt: str | list[str] = "a knight", *, args: Any = None, **knobs: Any) -> None:
         self.web = web

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,9 +47,14 @@ class FlowPredictor(nn.Module):
         return timestep / 1000
 
 
-def to_timestep(sigma: Tensor) -> Tensor:
+def _is_flow(p: Any) -> bool:
+    web = getattr(p, "web", None)
+    return bool(web and web.is_forge and isinstance(web.sd_model.forge_objects.unet.model.predictor, FlowPredictor))
+
+
+def to_timestep(sigma: Tensor, sigmas: Tensor = SIGMAS) -> Tensor:
     """Interpolated: A1111's timesteps are fractional."""
-    logs, wanted = SIGMAS.log(), sigma.reshape(-1).log()
+    logs, wanted = sigmas.log(), sigma.reshape(-1).log()
     high = torch.searchsorted(logs, wanted).clamp(1, 999)
     low = high - 1
     part = ((wanted - logs[low]) / (logs[high] - logs[low])).clamp(0, 1)
@@ -147,12 +151,57 @@ def ddim(model, x, timesteps=None):
     return x
 
 
-_SAMPLERS = {"Euler": euler, "Heun": heun, "DPM adaptive": adaptive, "DDIM": ddim}
+_SIGMA_SAMPLERS = (
+    ("Euler", "euler", {}),
+    ("Heun", heun, {}),
+    ("DPM2", "heun", {"scheduler": "karras", "discard_next_to_last_sigma": True}),
+    ("DPM adaptive", "adaptive", {}),
+)
+_CONFIGS = {
+    name: SimpleNamespace(name=name, func=function if callable(function) else globals()[function], options=options)
+    for name, function, options in (*_SIGMA_SAMPLERS, ("DDIM", ddim, {}))
+}
 
 
 def sampler_of(p: Processing) -> Any:
-    kind = TimestepSampler if p.sampler_name == "DDIM" else SigmaSampler
-    return kind(_SAMPLERS[p.sampler_name])
+    config = _CONFIGS[p.sampler_name]
+    sampler = (TimestepSampler if p.sampler_name == "DDIM" else SigmaSampler)(config.func)
+    sampler.config = config
+    return sampler
+
+
+def sampler_modules() -> list[ModuleType]:
+    """The modules in which the hosts have their samplers, and what asks for them before a picture is made."""
+    names = ("sd_models", "sd_samplers", "sd_samplers_kdiffusion", "sd_samplers_timesteps")
+    models, samplers, sigmas, timesteps = (ModuleType(f"modules.{name}") for name in names)
+    samplers.find_sampler_config = _CONFIGS.get
+    sigmas.samplers_k_diffusion = [(name, function, [], options) for name, function, options in _SIGMA_SAMPLERS]
+    sigmas.KDiffusionSampler = SigmaSampler
+    sigmas.k_diffusion = SimpleNamespace(sampling=SimpleNamespace(euler=euler, heun=heun, adaptive=adaptive))
+    timesteps.samplers_data_timesteps, timesteps.CompVisSampler = [_CONFIGS["DDIM"]], TimestepSampler
+    library, external = ModuleType("k_diffusion"), ModuleType("k_diffusion.external")
+    external.DiscreteSchedule = Schedule
+    return [models, samplers, sigmas, timesteps, library, external]
+
+
+class Schedule:
+    """k-diffusion's."""
+
+    def __init__(self, sigmas: Tensor, quantize: bool) -> None:
+        assert not quantize
+        self.sigmas = sigmas
+
+    def sigma_to_t(self, sigma: Tensor) -> Tensor:
+        return to_timestep(sigma, self.sigmas)
+
+    def get_sigmas(self, steps: int) -> Tensor:
+        return torch.cat([_at(self.sigmas.log(), torch.linspace(999, 0, steps)).exp(), torch.zeros(1)])
+
+
+def karras(steps: int, low: float, high: float) -> Tensor:
+    """Evenly spaced in the seventh root."""
+    roots = torch.linspace(high ** (1 / 7), low ** (1 / 7), steps)
+    return torch.cat([roots**7, torch.zeros(1)])
 
 
 class SigmaSampler:
@@ -160,12 +209,24 @@ class SigmaSampler:
 
     def __init__(self, func: Any) -> None:
         self.func = func
-        self.model_wrap = SimpleNamespace(sigmas=SIGMAS, sigma_to_t=to_timestep)
+        self.model_wrap = Schedule(SIGMAS, quantize=False)
 
     def get_sigmas(self, p: Processing, steps: int) -> Tensor:
-        if p.web.is_forge and isinstance(p.web.sd_model.forge_objects.unet.model.predictor, FlowPredictor):
+        if _is_flow(p):
             return torch.linspace(1, 0, steps + 1)
-        return torch.cat([_at(SIGMAS.log(), torch.linspace(999, 0, steps)).exp(), torch.zeros(1)])
+        discards = self.config.options.get("discard_next_to_last_sigma", False)
+        steps += discards
+        scheduler = (p.hr_scheduler if p.is_hr_pass else p.scheduler) or "Automatic"
+        if scheduler == "Automatic":
+            scheduler = self.config.options.get("scheduler")
+        if p.sampler_noise_scheduler_override:
+            sigmas = p.sampler_noise_scheduler_override(steps)
+        elif scheduler in ("karras", "Karras"):
+            p.extra_generation_params["Schedule type"] = "Karras"
+            sigmas = karras(steps, float(self.model_wrap.sigmas[0]), float(self.model_wrap.sigmas[-1]))
+        else:
+            sigmas = self.model_wrap.get_sigmas(steps)
+        return torch.cat([sigmas[:-2], sigmas[-1:]]) if discards else sigmas
 
     def run(self, p: Processing, x: Tensor, cond: Tensor, uncond: Tensor) -> Tensor:
         second = p.is_hr_pass or hasattr(p, "init_images")
@@ -194,7 +255,7 @@ class TimestepSampler:
     def run(self, p: Processing, x: Tensor, cond: Tensor, uncond: Tensor) -> Tensor:
         timesteps = self.get_timesteps(p, p.steps)
         if p.is_hr_pass or hasattr(p, "init_images"):
-            timesteps = timesteps[: math.ceil(len(timesteps) * p.denoising_strength)]
+            timesteps = timesteps[: fakes.setup_img2img_steps(p, p.steps if p.is_hr_pass else None)[1]]
         return self.func(Denoiser(p, cond, uncond, self._timestep), x, timesteps=timesteps)
 
     def _timestep(self, p: Processing, timestep: Tensor) -> tuple[Tensor, Tensor]:

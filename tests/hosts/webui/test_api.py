@@ -46,9 +46,9 @@ REFUSED = [
     ([{"style": "nobody"}], "no LoRA 'nobody'"),
     ([NAMED, NAMED], "takes one object in args, and got 2 things."),
     ([NAMED, True], "takes one object in args, and got 2 things."),
-    ([True, "knight", "ink", 1, 1, "auto", 0, "est", "more"], "takes up to 8 values in args (enabled, subject, style,"),
+    ([True, "knight", "ink", *[1] * 16], "takes up to 18 values in args (enabled, subject, style,"),
     ([True, "knight", "ink", 9], "subject_weight can't be '9'"),
-    ([True, "knight", "ink", 1, 1, "auto", 0, "klora"], "method can't be 'klora'"),
+    ([True, "knight", "ink", 1, 1, "auto", 1.5, 0, "energy", "s", "step", "klora"], "method can't be 'klora'"),
     (["perhaps", "knight", "ink"], "enabled can't be 'perhaps'"),
     ([[], "knight", "ink"], "enabled can't be '[]'"),
     ([True, NAMED], "subject can't be"),
@@ -80,7 +80,7 @@ ACCEPTED = [
     [{"enabled": False, "subject": "nobody", "lean": 7}],
     [False, "nobody"],
     [None],
-    [True, "knight", "ink", 0.5, "0.5", "0.3", "-1", "k-lora"],
+    [True, "knight", "ink", 0.5, "0.5", "0.3", 2, "-1", "l1", "s*", "step", "k-lora"],
     [True, "None", "None"],
     [{**NAMED, "lean": "0.5", "enabled": "true", "beta": "auto"}],
 ]
@@ -171,8 +171,8 @@ def paths(app):
 
 
 def test_routes_have_the_hosts_guard(app):
-    assert paths(app) == ["/est-lora/v1/schema", "/est-lora/v1/plan"]
-    for route in app.routes[-2:]:
+    assert paths(app) == ["/est-lora/v1/schema", "/est-lora/v1/plan", "/est-lora/v1/plan.png"]
+    for route in app.routes[-3:]:
         assert route.dependencies == ["password"]
         assert route.methods == ["GET"]
 
@@ -186,7 +186,7 @@ def test_no_routes_where_the_api_is_off(web):
 def test_routes_are_added_once(web, app):
     web.load_entry()
     web.callbacks.call("on_app_started", None, app)
-    assert len(paths(app)) == 2
+    assert len(paths(app)) == 3
 
 
 def test_the_schema_tells_every_knob(app):

@@ -92,7 +92,7 @@ def same_latents(web, *jobs):
 
 
 def test_tag_panel_and_api_are_one(web):
-    panel = [True, "knight", "ink", 0.7, 1, "0.3", 0.2, "est"]
+    panel = [True, "knight", "ink", 0.7, 1, "0.3", 1.5, 0.2]
     named = {"subject": "knight", "style": "ink", "subject_weight": 0.7, "beta": 0.3, "lean": 0.2}
     api = web.api_arguments({"EST-LoRA": {"args": [named]}})
     assert same_latents(

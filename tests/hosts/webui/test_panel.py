@@ -39,7 +39,10 @@ def test_identifiers_are_unique_in_both_tabs(web):
     web.script.is_img2img = True
     web.script.ui(True)
     ids = [component.elem_id for component in web.components if getattr(component, "elem_id", None)]
-    assert len(set(ids)) == len(ids) == 18
+    assert len(set(ids)) == len(ids)
+    for tab in ("txt2img", "img2img"):
+        assert {f"script_{tab}_estlora_{key}" for key in panel.KNOBS} <= set(ids)
+    assert all(one.startswith("script_") for one in ids)
 
 
 def test_untouched_it_asks_for_nothing(web, drawn):
@@ -55,13 +58,16 @@ def test_bounds_and_choices_are_the_fields(web, drawn):
     for component, key in zip(drawn, panel.KNOBS):
         field = BY_KEY[key]
         if component.kind == "Slider":
-            assert (component.minimum, component.maximum, component.value) == (field.low, field.high, field.default)
-            assert not field.above_low
+            lowest = field.low + component.step if field.above_low else field.low
+            assert (component.minimum, component.maximum, component.value) == (lowest, field.high, field.default)
             field.parse(component.minimum)
             field.parse(component.maximum)
-        elif key == "method":
+        elif component.kind == "Radio":
             assert tuple(component.choices) == field.choices
             assert component.value == field.default
+    assert {field.key for field in FIELDS if field.choices} == {
+        key for key, component in zip(panel.KNOBS, drawn) if component.kind == "Radio"
+    }
 
 
 def test_only_files_that_can_be_read_are_offered(web, drawn):
@@ -93,7 +99,7 @@ def test_drawing_changes_nothing(web):
 def test_a_disabled_lora_extension_is_said_in_the_panel(web, monkeypatch):
     monkeypatch.delitem(sys.modules, "networks")
     drawn = web.script.ui(False)
-    (said,) = [component.args[0] for component in web.components if component.kind == "Markdown"]
+    (said,) = [made.value for made in web.components if getattr(made, "elem_id", None) == "script_txt2img_estlora_map"]
     assert "the built-in Lora extension is disabled" in said
     assert drawn[1].choices == ["None"]
     button = next(component for component in web.components if component.kind == "Refresh")
@@ -108,7 +114,7 @@ def test_the_script_is_always_on_in_both_tabs(web):
     assert web.script.title() == "EST-LoRA"
 
 
-ON = [True, "a", "b", 0.5, 1.0, "auto", 0.0, "est"]
+ON = [True, "a", "b", 0.5, 1.0, "auto", 2.0, 0.0, "l1", "s*", "step", "est", "all", "off", 0.25, 0.75, "off", "branch"]
 READ = {
     "enabled": True,
     "subject": "a",
@@ -116,8 +122,18 @@ READ = {
     "subject_weight": 0.5,
     "style_weight": 1.0,
     "beta": "auto",
+    "alpha": 2.0,
     "lean": 0.0,
+    "balance": "l1",
+    "pattern": "s*",
+    "clock": "step",
     "method": "est",
+    "layers": "all",
+    "other": "off",
+    "subject_te": 0.25,
+    "style_te": 0.75,
+    "hires": "off",
+    "engine": "branch",
 }
 
 
