@@ -55,9 +55,7 @@ class Page:
 
     def press(self, words: str, picked: str | None = None) -> None:
         """The user presses a button; `picked` is what the page's script makes of a button that is its own."""
-        (button,) = [
-            made for made in self.components.values() if made.kind == "Button" and made.args[0] == words
-        ]
+        (button,) = [made for made in self.components.values() if made.kind == "Button" and made.args[0] == words]
         self._run(button.events["click"], picked)
 
     def _run(self, chain: list[dict[str, Any]], picked: str | None = None) -> None:
