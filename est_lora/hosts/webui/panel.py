@@ -145,13 +145,13 @@ class Panel:
         )
         # The cards of the extra networks press these; the page's script knows which card it was.
         dummy = draw.gr.Textbox(visible=False)
-        for key in _FILES:
+        for key, other in (_FILES, _FILES[::-1]):
             button = draw.button(f"Use the card as {key}", "", key=f"pick_{key}", elem_classes=["est-lora-hidden"])
             button.click(
-                fn=lambda name: name,
+                fn=_answering(functools.partial(_pick, key), 2),
                 _js="estLoraPicked",
-                inputs=[dummy],
-                outputs=[self.knobs[key]],
+                inputs=[dummy, self.knobs[other]],
+                outputs=[self.knobs[key], self.knobs["enabled"], self._said],
                 show_progress=False,
             )
 
@@ -216,7 +216,14 @@ class _Drawing:
         kind, arguments = settings.component(field)
         about = f"{field.help}; {field.range}" if field.auto else field.help
         value = shown(field, self._defaults[key])
-        made = getattr(self.gr, kind)(value=value, label=field.label, info=about, elem_id=self.id(key), **arguments)
+        made = getattr(self.gr, kind)(
+            value=value,
+            label=field.label,
+            info=about,
+            elem_id=self.id(key),
+            elem_classes=["est-lora-knob"],  # by it the page's script knows which keys a tag may have
+            **arguments,
+        )
         return self.own(made)
 
     def file(self, key: str, names: list[str]) -> Any:
@@ -277,6 +284,14 @@ def _answering(action: Callable[..., tuple[list[Any], str]], changes: int) -> Ca
         return [*changed, say(sentence)]
 
     return act
+
+
+def _pick(key: str, name: str, other: str | None) -> tuple[list[Any], str]:
+    import gradio as gr
+
+    found = LoraList().find(name).name
+    is_pair = not _is_nothing(other)
+    return [found, True if is_pair else gr.update()], f"{found} is the {key}."
 
 
 def _insert(prompt: str, *values: object) -> tuple[list[Any], str]:

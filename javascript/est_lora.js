@@ -1,0 +1,190 @@
+// The page's part of EST-LoRA: buttons on the cards of the Lora tab, what the panel lacks for keyboards and screen
+// readers, and completion of <est:...> where the extension "tagcomplete" is installed. The panel works without it.
+(() => {
+    "use strict";
+
+    const CARDS = '[id$="2img_lora_cards"]';
+    const CARD = `${CARDS} .card[data-name]`;
+    const PANEL = '[id$="2img_estlora_enabled"]';
+    const PICKLE = /\.(ckpt|pt|pth|bin)$/i;
+    const SHOWN_MS = 3000;
+
+    // -- the cards: one pair of buttons, which goes to the card where the pointer or the keyboard is
+
+    const pair = document.createElement("span");
+    const said = document.createElement("span");
+    let picked, timer;
+
+    function makePair() {
+        pair.className = "est-lora-card-buttons";
+        for (const role of ["subject", "style"]) {
+            const button = document.createElement("button");
+            button.type = "button";
+            button.dataset.role = role;
+            button.textContent = `as ${role}`;
+            pair.append(button);
+        }
+        said.setAttribute("role", "status");
+        pair.append(said);
+        pair.addEventListener("click", press);
+        pair.addEventListener("keydown", walk);
+    }
+
+    function canBeUsed(card) {
+        const file = card.querySelector("[data-clipboard-text]")?.dataset.clipboardText;
+        return card.offsetParent && !PICKLE.test(file ?? "");
+    }
+
+    function moveTo(card) {
+        if (pair.parentElement === card || !canBeUsed(card)) return;
+        const focused = pair.contains(document.activeElement) && document.activeElement;
+        for (const button of pair.querySelectorAll("button")) {
+            button.title = `Use ${card.dataset.name} as EST-LoRA's ${button.dataset.role}`;
+            button.setAttribute("aria-label", button.title);
+        }
+        say("");
+        card.append(pair);
+        if (focused) focused.focus({preventScroll: true});
+    }
+
+    function say(sentence) {
+        clearTimeout(timer);
+        said.textContent = sentence;
+        if (sentence) timer = setTimeout(say, SHOWN_MS, "");
+    }
+
+    function press(event) {
+        event.stopPropagation(); // the card's own click puts a <lora:...> into the prompt
+        const card = pair.closest(CARD);
+        const {role} = event.target.dataset;
+        if (!card || !role) return;
+        picked = {name: card.dataset.name, role};
+        const [tab] = card.closest(CARDS).id.split("_");
+        document.querySelector(`#script_${tab}_estlora_pick_${role}`)?.click();
+    }
+
+    // From card to card with the arrows: so a page of cards is two stops of the Tab key, not two for each card.
+    function walk(event) {
+        const way = {ArrowRight: "nextElementSibling", ArrowLeft: "previousElementSibling"}[event.key];
+        if (!way) return;
+        event.preventDefault();
+        let card = pair.closest(CARD)?.[way];
+        while (card && !(card.matches(CARD) && canBeUsed(card))) card = card[way];
+        if (!card) return;
+        moveTo(card);
+        card.scrollIntoView({block: "nearest"});
+    }
+
+    // What the panel's hidden buttons send: the card's name, and the other LoRA as it is.
+    window.estLoraPicked = (_, other) => {
+        if (!picked) return ["", other];
+        say(`\u2713 ${picked.role}${other && other !== "None" ? ", EST-LoRA is on" : ""}`);
+        return [picked.name, other];
+    };
+
+    document.addEventListener("pointerover", (event) => {
+        const card = event.target.closest?.(CARD);
+        if (card) moveTo(card);
+    });
+
+    // Whoever comes to the Lora tab with the keyboard finds the pair on its first card.
+    document.addEventListener("focusin", (event) => {
+        const cards = event.target.closest?.('[id$="2img_extra_tabs"]')?.querySelector(CARDS);
+        if (!cards?.offsetParent || cards.contains(event.target)) return;
+        const first = [...cards.children].find((card) => card.matches(CARD) && canBeUsed(card));
+        if (first) moveTo(first);
+    });
+
+    // -- the panel: what gradio leaves without a name or out of the keyboard's reach
+
+    const label = (part) => part?.querySelector("[data-testid=block-info]")?.textContent.trim() ?? "";
+
+    function mend(panel) {
+        for (const number of panel.querySelectorAll("input[type=number]:not([aria-label])")) {
+            number.setAttribute("aria-label", label(number.closest(".block")));
+        }
+        for (const words of panel.querySelectorAll("fieldset")) {
+            words.setAttribute("role", "radiogroup");
+            words.setAttribute("aria-label", label(words));
+        }
+        panel.querySelector('[id$="_estlora_refresh"]')?.setAttribute("aria-label", "Refresh the lists of LoRAs");
+        panel.querySelector('[id$="_estlora_said"]')?.setAttribute("role", "status");
+        panel.querySelectorAll(".label-wrap").forEach(mendTitle);
+    }
+
+    function mendTitle(title) {
+        const name = title.querySelector("span")?.textContent.trim() ?? "";
+        title.querySelector("input[type=checkbox]")?.setAttribute("aria-label", name);
+        const handle = title.matches("button") ? title : title.querySelector(".icon");
+        if (!handle) return;
+        if (handle !== title) {
+            handle.tabIndex = 0;
+            handle.setAttribute("role", "button");
+            handle.setAttribute("aria-label", `${name}: unfold`);
+            handle.addEventListener("keydown", (event) => {
+                if (event.key !== "Enter" && event.key !== " ") return;
+                event.preventDefault();
+                handle.click();
+            });
+        }
+        const tell = () => handle.setAttribute("aria-expanded", title.classList.contains("open"));
+        new MutationObserver(tell).observe(title, {attributeFilter: ["class"]});
+        tell();
+    }
+
+    // -- completion: names of LoRAs in the tag's first two places, then knobs and their choices
+
+    let rest = "";
+
+    function teachCompletion() {
+        const parts = [typeof PARSERS, typeof QUEUE_SANITIZE, typeof QUEUE_AFTER_INSERT, typeof AutocompleteResult];
+        if (parts.includes("undefined")) return;
+        const type = ResultType.yamlWildcard; // one that is put in without a comma or a space behind it
+        const isOurs = (given, text) => given === type && text.startsWith("<est:");
+        QUEUE_SANITIZE.unshift((given, text) => (isOurs(given, text) ? text : null));
+        QUEUE_AFTER_INSERT.unshift((given, text, prompt, area) => {
+            const end = area.selectionStart - rest.length;
+            if (isOurs(given, text)) area.setSelectionRange(end, end);
+        });
+        PARSERS.push({
+            triggerCondition: () => tagword.startsWith("<est:"),
+            parse: (area) => completions(area).map((found) => Object.assign(new AutocompleteResult(), {type, ...found})),
+        });
+    }
+
+    function completions(area) {
+        const before = area.value.slice(0, area.selectionStart).match(/<est:[^<>]*$/i)?.[0];
+        if (!before || !tagword.startsWith(before.toLowerCase())) return [];
+        rest = area.value.slice(area.selectionStart).slice(0, tagword.length - before.length);
+        const pieces = before.split(":");
+        const typed = pieces.pop().toLowerCase();
+        const kept = `<est:${pieces.slice(1).map((piece) => `${piece}:`).join("")}`;
+        const given = (options, end) => options
+            .filter(([text]) => text.toLowerCase().includes(typed))
+            .map(([text, meta]) => ({text: kept + text + (rest ? "" : end) + rest, meta}))
+            .filter(({text}) => text !== before + rest);
+        if (pieces.length === 1) return given(names("subject"), ":");
+        if (pieces.length === 2) return given(names("style"), ">");
+        return typed.includes("=") ? given(choices(), ">") : given(knobs(), "");
+    }
+
+    function names(role) {
+        const files = loras.map(([path]) => path).filter((path) => path.endsWith(".safetensors"));
+        const stems = files.map((path) => path.split("/").pop().replace(/\.safetensors$/, ""));
+        return stems.filter((stem) => !/[:>=#]/.test(stem)).map((stem) => [stem, role]);
+    }
+
+    const knobParts = () => [...document.querySelectorAll('[id^="script_txt2img_estlora_"].est-lora-knob')];
+    const key = (part) => part.id.replace("script_txt2img_estlora_", "");
+    const knobs = () => knobParts().map((part) => [`${key(part)}=`, label(part)]);
+    const choices = () => knobParts().flatMap((part) =>
+        [...part.querySelectorAll("input[type=radio]")].map((word) => [`${key(part)}=${word.value}`, label(part)]));
+
+    makePair();
+    if (typeof onUiLoaded === "function") {
+        onUiLoaded(() => {
+            document.querySelectorAll(PANEL).forEach(mend);
+            teachCompletion();
+        });
+    }
+})();
