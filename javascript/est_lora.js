@@ -87,10 +87,11 @@
         if (card) moveTo(card);
     });
 
-    // Whoever comes to the Lora tab with the keyboard finds the pair on its first card.
-    document.addEventListener("focusin", (event) => {
-        const cards = event.target.closest?.('[id$="2img_extra_tabs"]')?.querySelector(CARDS);
-        if (!cards?.offsetParent || cards.contains(event.target)) return;
+    // Whoever comes to the Lora tab with the keyboard finds the pair there, on the first card unless it is on another.
+    document.addEventListener("keydown", (event) => {
+        const tabs = event.key === "Tab" && event.target.closest?.('[id$="2img_extra_tabs"]');
+        const cards = tabs && tabs.querySelector(CARDS);
+        if (!cards?.offsetParent || (cards.contains(pair) && pair.offsetParent)) return;
         const first = [...cards.children].find((card) => card.matches(CARD) && canBeUsed(card));
         if (first) moveTo(first);
     });
