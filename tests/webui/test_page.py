@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -48,10 +49,13 @@ def fill(page, names):
     page.until(lambda: page.is_there(f"{page.id('map')} svg"), "the map is drawn")
 
 
-def of_api(webui, names, **knobs):
-    """What the API draws with the page's settings."""
-    sampler = {"sampler_name": "DPM++ 2M", "scheduler": "Automatic", "cfg_scale": 7}
-    return webui.picture("a red cat", est=est(*names, **knobs), **SMALL, **sampler)
+def of_api(page, webui, names, **knobs):
+    """What the API draws with the settings of the page's last picture."""
+    used = dict(re.findall(r"(Sampler|Schedule type|CFG scale): ([^,]+)", page.infotext))
+    sampler = {"sampler_name": used["Sampler"], "cfg_scale": float(used["CFG scale"])}
+    return webui.picture(
+        "a red cat", est=est(*names, **knobs), scheduler=used.get("Schedule type", "Automatic"), **SMALL, **sampler
+    )
 
 
 def tag(page):
@@ -71,8 +75,8 @@ def test_panel_tag_and_api_make_one_picture(page, webui, chosen, shoot):
         page.set(key, value)
     by_panel = page.draw()
     shoot("panel")
-    assert np.array_equal(by_panel, of_api(webui, chosen, **KNOBS))
-    assert not np.array_equal(by_panel, of_api(webui, chosen))
+    assert np.array_equal(by_panel, of_api(page, webui, chosen, **KNOBS))
+    assert not np.array_equal(by_panel, of_api(page, webui, chosen))
     page.press("insert_tag")
     page.until(lambda: tag(page), "the tag is in the prompt")
     page.set("enabled", False)
@@ -193,8 +197,8 @@ def test_two_windows_at_once_know_nothing_of_each_other(page, webui, chosen):
         driver.close()
     finally:
         driver.switch_to.window(first)
-    assert np.array_equal(page.picture(), of_api(webui, chosen, lean=-0.25))
-    assert np.array_equal(of_second, of_api(webui, chosen, lean=0.75))
+    assert np.array_equal(page.picture(), of_api(page, webui, chosen, lean=-0.25))
+    assert np.array_equal(of_second, of_api(page, webui, chosen, lean=0.75))
     assert page.value("lean") == "-0.25"
 
 
@@ -218,9 +222,7 @@ def test_a_grid_over_methods(page, webui, chosen, shoot):
     assert grid.shape[0] > 3 * 64
     assert grid.shape[1] > 5 * 64
     shoot("grid", "#txt2img_gallery")
-    if webui.is_forge:
-        return
-    plain = of_api(webui, chosen, method="sum")
+    plain = of_api(page, webui, chosen, method="sum")
     assert any(
         np.array_equal(grid[y : y + 64, x : x + 64], plain) for y, x in np.ndindex(*(np.array(grid.shape[:2]) - 63))
     )
