@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 _FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking")
-_PATIENCE_S = 60
+_PATIENCE_S, _PATIENCE_OF_GRIDS_S = 60, 300
 
 
 def start(width: int = 1400, height: int = 2600) -> webdriver.Chrome:
@@ -76,9 +76,9 @@ class Page:
         """Runs JavaScript in the page."""
         return self.driver.execute_script(script, *arguments)
 
-    def until(self, condition: Callable[[], T], what: str) -> T:
+    def until(self, condition: Callable[[], T], what: str, seconds: float = _PATIENCE_S) -> T:
         """Waits for something that is true, and returns it; what isn't there yet is waited for too."""
-        deadline, why = time.monotonic() + _PATIENCE_S, ""
+        deadline, why = time.monotonic() + seconds, ""
         while time.monotonic() < deadline:
             try:
                 if found := condition():
@@ -86,7 +86,7 @@ class Page:
             except WebDriverException as error:
                 why = f": {error.msg}"
             time.sleep(0.1)
-        raise AssertionError(f"waited {_PATIENCE_S} s in vain until {what}{why}")
+        raise AssertionError(f"waited {seconds:g} s in vain until {what}{why}")
 
     # -- the panel
 
@@ -225,7 +225,7 @@ class Page:
 
     def picture(self) -> np.ndarray:
         """Waits for the (first) picture since `begin`."""
-        self.until(lambda: set(self._sources()) - set(self._before), "there is a picture")
+        self.until(lambda: set(self._sources()) - set(self._before), "there is a picture", _PATIENCE_OF_GRIDS_S)
         self.until(lambda: not self.is_there(f"#{self.tab}_interrupt"), "it is done")
         source = self.until(self._sources, "the picture is there")[0]
         self.png = requests.get(source, timeout=_PATIENCE_S).content
