@@ -35,7 +35,7 @@ class Pasted:
         A picture without a fusion switches the panel off and changes nothing else in it; one with a fusion sets every
         knob, those it doesn't name to the built-in defaults.
         """
-        is_fused = _BY_KEY["subject"].infotext in parameters
+        is_fused = _written(_BY_KEY["subject"], parameters) is not None
         if self.key == "enabled":
             return is_fused
         return _value(_BY_KEY[self.key], parameters) if is_fused else None
@@ -61,13 +61,19 @@ def renamed(prompt: str, parameters: Mapping[str, Any]) -> str:
 
 
 def _value(field: Field, parameters: Mapping[str, Any]) -> Any:
-    written = parameters.get(field.infotext)
+    written = _written(field, parameters)
     if field.key in _FILES:
         return _name(str(written), parameters) if written else NOTHING
     value = field.default
     with suppress(EstLoraError):  # somebody has changed the text by hand
         value = field.default if written is None else field.parse(written)
     return shown(field, value)
+
+
+def _written(field: Field, parameters: Mapping[str, Any]) -> Any:
+    """What the picture says of a knob; a file called 512x768 is a size to the host, which takes it apart."""
+    size = [parameters.get(f"{field.infotext}-{number}") for number in (1, 2)]
+    return parameters.get(field.infotext, None if None in size else "x".join(map(str, size)))
 
 
 def _name(written: str, parameters: Mapping[str, Any], *, in_tag: bool = False) -> str:
