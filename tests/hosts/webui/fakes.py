@@ -228,6 +228,7 @@ def api_module(defaults: list[Any]) -> ModuleType:
     return fake
 
 
+_SIZE = re.compile(r"^(\d+)x(\d+)$")
 _PARAMETER = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 
@@ -245,9 +246,13 @@ def infotext_of(prompt: str, parameters: dict[str, Any]) -> str:
 def read_infotext(text: str) -> dict[str, Any]:
     """What the host makes of it: everything is text."""
     *prompt, last = text.strip().split("\n")
-    found = {
-        key: json.loads(value) if value[:1] == value[-1:] == '"' else value for key, value in _PARAMETER.findall(last)
-    }
+    found = {}
+    for key, value in _PARAMETER.findall(last):
+        size = _SIZE.match(value)
+        if size:
+            found |= {f"{key}-1": size[1], f"{key}-2": size[2]}
+        else:
+            found[key] = json.loads(value) if value[:1] == value[-1:] == '"' else value
     return {**found, "Prompt": "\n".join(line.strip() for line in prompt)}
 
 

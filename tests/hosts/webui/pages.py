@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from tests.hosts.webui.fakes import Component
+from tests.hosts.webui.fakes import Component, read_infotext
 from tests.hosts.webui.host import WebUI
 
 _OF_THE_HOST = {"prompt": "a knight", "sampling": "Euler", "scheduler": "Automatic", "steps": 4}
@@ -57,6 +57,19 @@ class Page:
         """The user presses a button; `picked` is what the page's script makes of a button that is its own."""
         (button,) = [made for made in self.components.values() if made.kind == "Button" and made.args[0] == words]
         self._run(button.events["click"], picked)
+
+    def paste(self, infotext: str) -> None:
+        """The user has the host read the parameters of a picture."""
+        parameters = read_infotext(infotext)
+        self._web.callbacks.call("on_infotext_pasted", infotext, parameters)
+        self.set(prompt=parameters["Prompt"])
+        for component, value_of in self._web.script.infotext_fields:
+            if (value := value_of(parameters)) is not None:
+                self._put(component, type(component.value)(value))
+
+    def happen(self, name: str, first: int = 0, last: int | None = None) -> None:
+        """A component says that it has changed; some of what follows."""
+        self._run(self.components[name].events["change"][first:last])
 
     def _run(self, chain: list[dict[str, Any]], picked: str | None = None) -> None:
         for event in chain:

@@ -1,0 +1,127 @@
+"""The page of settings."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from est_lora.config import FIELDS
+from est_lora.hosts.webui import settings
+
+OURS = {f"est_lora_{field.key}": field for field in FIELDS if field.key not in ("enabled", "subject", "style")}
+
+
+@pytest.fixture(autouse=True)
+def logger():
+    """Ours, as it was."""
+    logger = logging.getLogger("est_lora")
+    level, handlers = logger.level, [*logger.handlers]
+    yield logger
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
+
+
+@pytest.fixture
+def opts(web):
+    return web.modules["modules.shared"].opts
+
+
+@pytest.fixture
+def options(web, opts):
+    web.callbacks.call("on_ui_settings")
+    return opts.options
+
+
+def test_every_knob_but_the_pair_is_on_the_page(options):
+    assert list(options) == [*OURS, "est_lora_draw_map", "est_lora_save_map", "est_lora_log"]
+    assert {option.section for option in options.values()} == {("est_lora", "EST-LoRA")}
+    for key, field in OURS.items():
+        assert options[key].label == field.label
+        assert options[key].about == field.help
+        assert options[key].reloads
+
+
+def test_labels_are_unique(options):
+    assert len({option.label for option in options.values()}) == len(options)
+
+
+def test_the_page_begins_with_what_the_program_has_built_in(options, opts):
+    before = settings.defaults()
+    opts.data |= {key: option.default for key, option in options.items()}
+    assert settings.defaults() == before == {field.key: field.default for field in OURS.values()}
+    assert settings.draws_map()
+    assert not settings.saves_map()
+
+
+def test_what_can_be_chosen_can_be_used(options, web):
+    for key, field in OURS.items():
+        option = options[key]
+        made = option.component(**option.arguments)
+        chosen = made.choices if field.choices else [option.default]
+        if made.kind == "Slider":
+            assert made.minimum == pytest.approx(field.low + (made.step if field.above_low else 0))
+            assert made.maximum == field.high
+            chosen = [made.minimum, made.maximum, option.default]
+        for value in chosen:
+            field.parse(value)
+    assert options["est_lora_beta"].component().kind == "Textbox"
+
+
+def test_what_is_set_is_the_default(opts):
+    opts.data |= {"est_lora_lean": -0.5, "est_lora_beta": "0.3", "est_lora_hires": "off", "est_lora_draw_map": False}
+    found = settings.defaults()
+    assert (found["lean"], found["beta"], found["hires"], found["alpha"]) == (-0.5, 0.3, "off", 1.5)
+    assert not settings.draws_map()
+    opts.data["est_lora_save_map"] = True
+    assert settings.saves_map()
+
+
+@pytest.mark.parametrize("value", ["much", 7, None, [], "nan"])
+def test_what_cannot_be_used_is_told_and_counts_as_not_set(opts, caplog, value):
+    opts.data |= {"est_lora_lean": value, "est_lora_alpha": 3}
+    with caplog.at_level(logging.WARNING, "est_lora"):
+        found = settings.defaults()
+    assert (found["lean"], found["alpha"]) == (0.0, 3.0)
+    assert "Settings -> EST-LoRA: lean can't be" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("chosen", "level"),
+    [
+        ("warnings", logging.WARNING),
+        ("every fusion", logging.INFO),
+        ("every layer", logging.DEBUG),
+        ("x", logging.WARNING),
+    ],
+)
+def test_the_log_lets_through_what_was_chosen(opts, options, logger, chosen, level):
+    opts.data["est_lora_log"] = chosen
+    options["est_lora_log"].onchange()
+    assert logger.level == level
+
+
+def test_every_level_can_be_chosen(options):
+    assert options["est_lora_log"].arguments == {"choices": ["warnings", "every fusion", "every layer"]}
+    assert options["est_lora_log"].default == "warnings"
+
+
+def test_the_level_is_set_when_the_host_starts(web, opts, logger):
+    opts.data["est_lora_log"] = "every layer"
+    web.load_entry()
+    assert logger.level == logging.DEBUG
+
+
+def test_a_host_without_a_log_of_its_own_gets_one_handler(opts, logger, monkeypatch):
+    logger.handlers.clear()
+    monkeypatch.setattr(logger, "propagate", False)
+    for _ in range(2):
+        settings._set_log_level()
+    assert len(logger.handlers) == 1
+
+
+def test_a_host_with_a_log_of_its_own_gets_none(opts, logger, monkeypatch):
+    logger.handlers.clear()
+    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.NullHandler()])
+    settings._set_log_level()
+    assert not logger.handlers
