@@ -1,17 +1,23 @@
-"""The API: what is refused before it queues, and the two routes."""
+"""The API: what is refused before it queues, the routes, and the parameters that a request may hold."""
 
 from __future__ import annotations
 
+import io
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from est_lora import report
 from est_lora.config import FIELDS, FusionConfig
 from est_lora.gate import FusionPlan
+from est_lora.hosts.webui import api
+from est_lora.hosts.webui.steps import Sampling
 from est_lora.lora import LoraFile
-from tests.hosts.webui.fakes import App, HTTPException
+from est_lora.plot import gate_map
+from tests.hosts.webui.fakes import App, HTTPException, infotext_of, read_infotext
 from tests.hosts.webui.looks import PANEL
 
 NAMED = {"subject": "knight", "style": "ink"}
@@ -282,3 +288,134 @@ def test_a_disabled_lora_extension_is_422(web, app, monkeypatch):
     assert "built-in Lora extension is disabled" in refused(web, PANEL)
     with pytest.raises(HTTPException, match="built-in Lora extension is disabled"):
         app.get("/est-lora/v1/plan", **NAMED)
+
+
+def test_a_plan_is_over_the_settings(web, app):
+    web.modules["modules.shared"].opts.data |= {"est_lora_lean": 0.5, "est_lora_alpha": 3}
+    config = app.get("/est-lora/v1/plan", **NAMED, alpha="2")["config"]
+    assert (config["lean"], config["alpha"]) == (0.5, 2.0)
+
+
+def test_a_file_that_has_gone_is_422(web, app, monkeypatch, tmp_path):
+    monkeypatch.setattr(web.networks.available_networks["ink"], "filename", str(tmp_path / "gone.safetensors"))
+    for path in ("plan", "plan.png"):
+        with pytest.raises(HTTPException, match="gone.safetensors") as caught:
+            app.get(f"/est-lora/v1/{path}", **NAMED)
+        assert caught.value.status_code == 422
+
+
+class TestPicture:
+    """The plan as PNG."""
+
+    @pytest.fixture
+    def drawn(self, monkeypatch):
+        """What was drawn."""
+        drawn = []
+
+        def note(plan, marks):
+            drawn.append((plan, marks))
+            return gate_map(plan, marks)
+
+        monkeypatch.setattr(api, "gate_map", note)
+        return drawn
+
+    def test_it_is_a_png(self, app):
+        answer = app.get("/est-lora/v1/plan.png", **NAMED)
+        assert answer.media_type == "image/png"
+        with Image.open(io.BytesIO(answer.content)) as picture:
+            assert picture.format == "PNG"
+            picture.load()
+
+    def test_it_is_of_the_plan(self, app, drawn):
+        app.get("/est-lora/v1/plan.png", **NAMED, lean="0.5")
+        ((plan, marks),) = drawn
+        assert report.to_json(plan) == app.get("/est-lora/v1/plan", **NAMED, lean="0.5")
+        assert marks == []
+
+    @pytest.mark.parametrize(
+        ("asked", "meant"),
+        [
+            ({"steps": "4"}, Sampling("Euler", None, 4)),
+            ({"sampler": "DDIM"}, Sampling("DDIM", None, 20)),
+            ({"sampler": "Heun", "scheduler": "Karras", "steps": "3"}, Sampling("Heun", "Karras", 3)),
+            ({"steps": "4", "scheduler": "Karras"}, Sampling("Euler", "Karras", 4)),
+            ({"steps": ""}, Sampling("Euler", None, 20)),
+            ({"sampler": "Heun", "steps": "99999"}, Sampling("Heun", None, 1000)),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("clock", ["timestep", "step"])
+    def test_steps_are_marked(self, app, drawn, asked, meant, clock):
+        app.get("/est-lora/v1/plan.png", **NAMED, **asked, clock=clock)
+        ((_, marks),) = drawn
+        assert marks == meant.taus(clock)
+        assert marks
+
+    @pytest.mark.parametrize("asked", [{"scheduler": "Karras"}, {"sampler": "nobody"}, {"steps": "0"}], ids=str)
+    def test_none_are_marked_where_there_are_none(self, app, drawn, asked):
+        app.get("/est-lora/v1/plan.png", **NAMED, **asked)
+        assert drawn[0][1] == []
+
+    @pytest.mark.parametrize(
+        ("query", "sentence"),
+        [
+            ({"steps": "many"}, "steps can't be 'many': it is a whole number."),
+            ({"steps": "-1"}, "steps can't be '-1'"),
+            ({"steps": "1.5"}, "steps can't be '1.5'"),
+            ({"steps": "9" * 5000}, "steps can't be '999"),
+            ({"sampling": "Euler"}, "no knob 'sampling'"),
+            ({"lean": "7"}, "lean can't be '7'"),
+            ({"style": "giant"}, "different models"),
+        ],
+    )
+    def test_what_cannot_be_drawn_is_422(self, app, query, sentence):
+        with pytest.raises(HTTPException) as caught:
+            app.get("/est-lora/v1/plan.png", **{**NAMED, **query})
+        assert caught.value.status_code == 422
+        assert sentence in caught.value.detail
+
+
+class TestInfotextOfARequest:
+    @pytest.fixture
+    def apply(self, web):
+        """What the host makes of a request's prompt."""
+        api = web.modules["modules.api.api"].Api()
+
+        def apply(infotext, prompt=None):
+            request = SimpleNamespace(infotext=infotext, prompt=prompt)
+            return api.apply_infotext(request, "txt2img", script_runner=None, mentioned_script_args={}), request.prompt
+
+        return apply
+
+    @pytest.fixture
+    def text(self, web):
+        """The parameters of a picture whose subject had another name."""
+        entry = web.networks.available_networks["knight"]
+        entry.read_hash()
+        return infotext_of("a <est:paladin:ink:lean=1>", {"Lora hashes": f"paladin: {entry.shorthash}"})
+
+    def test_a_tag_names_the_file_as_it_is_called_here(self, apply, text):
+        assert apply(text)[1] == "a <est:knight:ink:lean=1>"
+
+    def test_also_in_a_prompt_of_the_requests_own(self, apply, text):
+        assert apply(text, "b <est:ink:paladin>")[1] == "b <est:ink:knight>"
+
+    def test_what_the_host_answers_is_handed_on(self, apply, text):
+        assert apply(text)[0] == read_infotext(text)
+
+    @pytest.mark.parametrize("infotext", [None, ""])
+    def test_without_one_nothing_is_changed(self, apply, infotext):
+        assert apply(infotext, "<est:knight alias:ink alias>") == ({}, "<est:knight alias:ink alias>")
+        assert apply(infotext) == ({}, None)
+
+    def test_it_comes_off(self, web, apply, text):
+        web.callbacks.call("on_script_unloaded")
+        assert not hasattr(web.modules["modules.api.api"].Api.apply_infotext, "__wrapped__")
+        assert apply(text)[1] == "a <est:paladin:ink:lean=1>"
+
+    def test_a_host_without_it_still_refuses_requests(self, web):
+        web.callbacks.call("on_script_unloaded")
+        web.callbacks.callbacks.clear()
+        del web.modules["modules.api.api"].Api.apply_infotext
+        web.load_entry()
+        refused(web, {"lean": 7})

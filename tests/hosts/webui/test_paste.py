@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from est_lora.config import FusionConfig
+from est_lora.config import FIELDS, FusionConfig
 from est_lora.gate import FusionPlan
 from est_lora.hosts.webui import infotext, panel
 from est_lora.hosts.webui.loras import LoraList
@@ -26,9 +26,11 @@ from tests.knobs import configs
 NAMES = ("knight", "ink", "stone", "wood")
 PAIRS = st.permutations(NAMES).map(lambda names: names[:2])
 OTHERWISE = {
-    **{"subject_weight": 0.5, "style_weight": 0.5, "beta": "0.4", "alpha": 3.0, "lean": 0.5, "balance": "l1"},
-    **{"pattern": "s*", "clock": "step", "method": "k-lora", "layers": "all", "other": "off", "subject_te": 0.0},
-    **{"style_te": 0.0, "hires": "off", "engine": "branch"},
+    **dict.fromkeys(("subject_weight", "style_weight", "lean"), 0.5),
+    **dict.fromkeys(("subject_te", "style_te"), 0.0),
+    **{field.key: field.choices[-1] for field in FIELDS if field.choices},
+    "beta": "0.4",
+    "alpha": 3.0,
 }
 
 

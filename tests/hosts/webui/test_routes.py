@@ -37,10 +37,18 @@ def client(start, monkeypatch):
     return client
 
 
-@pytest.mark.parametrize("path", ["/est-lora/v1/schema", "/est-lora/v1/plan?subject=knight&style=ink"])
+@pytest.mark.parametrize(
+    "path", ["schema", "plan?subject=knight&style=ink", "plan.png?subject=knight&style=ink&steps=4"]
+)
 def test_they_want_the_password(client, path):
-    assert client.get(path).status_code == 200
-    assert client.get(path, headers={"authorization": "guess"}).status_code == 401
+    assert client.get(f"/est-lora/v1/{path}").status_code == 200
+    assert client.get(f"/est-lora/v1/{path}", headers={"authorization": "guess"}).status_code == 401
+
+
+def test_the_plan_as_a_picture(client):
+    told = client.get("/est-lora/v1/plan.png", params={**PAIR, "steps": "4"})
+    assert told.headers["content-type"] == "image/png"
+    assert told.content.startswith(b"\x89PNG")
 
 
 def test_the_plan(client):
@@ -61,7 +69,7 @@ def test_a_plan_that_cannot_be_made(client, query, sentence):
 
 def test_they_are_in_the_hosts_documentation(client):
     described = client.get("/openapi.json").json()["paths"]
-    assert {"/est-lora/v1/schema", "/est-lora/v1/plan"} <= described.keys()
+    assert {f"/est-lora/v1/{name}" for name in ("schema", "plan", "plan.png")} <= described.keys()
 
 
 def test_the_schema_is_json_schema(client):

@@ -1,0 +1,253 @@
+"""What the panel shows before anything is made."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from html import unescape
+from html.parser import HTMLParser
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import pytest
+
+from est_lora import report
+from est_lora.config import FusionConfig
+from est_lora.errors import EstLoraError
+from est_lora.gate import FusionPlan
+from est_lora.hosts.webui import preview
+from est_lora.hosts.webui.preview import Preview, cards, say
+from est_lora.hosts.webui.steps import Sampling
+from est_lora.lora import LoraFile
+from tests.files import ATTENTION_LAYERS, random_lora, write
+from tests.hosts.webui import fakes
+
+NAMED = {"subject": "knight", "style": "ink"}
+SAMPLING = Sampling("Euler", "Automatic", 4)
+
+
+@pytest.fixture(autouse=True)
+def host(web):
+    return web
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """The files that were opened."""
+    loaded = []
+    load = LoraFile.load
+    monkeypatch.setattr(LoraFile, "load", lambda path: loaded.append(os.path.basename(path)) or load(path))
+    return loaded
+
+
+@pytest.fixture
+def folder(web, tmp_path):
+    """The files of the host, where they may be changed."""
+    shutil.copytree(web.folder, tmp_path / "loras")
+    sys.modules["networks"] = web.networks = fakes.networks_module(tmp_path / "loras", web._load_networks)
+    return tmp_path / "loras"
+
+
+def test_the_plan_is_that_of_the_files(files):
+    knobs = {**NAMED, "lean": 0.5, "method": "k-lora"}
+    plan = FusionPlan.of(*(LoraFile.load(files.path(name)) for name in ("knight", "ink")), FusionConfig.of(knobs))
+    assert report.to_json(Preview().plan(knobs)) == report.to_json(plan)
+
+
+def test_files_are_opened_once(loaded):
+    shown = Preview()
+    for lean in (0.0, 0.5):
+        shown.draw({**NAMED, "lean": lean}, SAMPLING)
+    assert loaded == ["knight.safetensors", "ink.safetensors"]
+
+
+def test_two_pairs_are_kept_and_no_more(loaded):
+    shown = Preview()
+    for pair in (("knight", "ink"), ("stone", "wood"), ("knight", "wood")):
+        shown.plan(dict(zip(NAMED, pair)))
+    assert len(loaded) == 4
+    for subject in ("twin", "knight", "stone"):
+        shown.plan({"subject": subject, "style": "wood"})
+    assert loaded[4:] == ["twin.safetensors"]
+    shown.plan({"subject": "ink", "style": "wood"})
+    assert loaded[5:] == ["ink.safetensors"]
+
+
+def test_a_file_that_has_changed_is_opened_anew(folder, loaded):
+    shown = Preview()
+    before = report.to_json(shown.plan(NAMED))["layers"]
+    write(folder / "knight.safetensors", random_lora(9, ATTENTION_LAYERS))
+    assert report.to_json(shown.plan(NAMED))["layers"] != before
+    assert loaded == ["knight.safetensors", "ink.safetensors", "knight.safetensors"]
+
+
+def test_a_file_that_has_gone_is_a_sentence(folder):
+    (folder / "knight.safetensors").unlink()
+    with pytest.raises(EstLoraError, match="knight"):
+        Preview().plan(NAMED)
+    assert Preview().draw(NAMED, SAMPLING).startswith('<p class="est-lora-error">')
+
+
+def test_nothing_is_looked_for_on_disk_or_hashed(host):
+    scans = host.networks.scans
+    drawn = Preview().draw({**NAMED, "subject": "0123456789ab"}, SAMPLING)
+    assert "no LoRA &#x27;0123456789ab&#x27;" in drawn
+    assert host.networks.scans == scans
+    assert not any(entry.hashed for entry in host.networks.available_networks.values())
+
+
+def test_no_model_is_needed(host):
+    host.sd_model = None
+    assert "<svg" in Preview().draw(NAMED, SAMPLING)
+
+
+def test_it_is_words_and_a_map(host):
+    drawn = Preview().draw(NAMED, SAMPLING)
+    words = report.summary(Preview().plan(NAMED))
+    assert drawn.startswith(say(words))
+    box = ElementTree.fromstring(drawn.removeprefix(say(words)))
+    assert (box.get("class"), box.get("role"), box.get("aria-label")) == ("est-lora-map", "img", words)
+    assert [child.tag for child in box] == ["{http://www.w3.org/2000/svg}svg"]
+    assert "4 steps" in drawn
+
+
+def test_who_wants_no_map_has_words(host):
+    host.modules["modules.shared"].opts.data["est_lora_draw_map"] = False
+    assert Preview().draw(NAMED, SAMPLING) == say(report.summary(Preview().plan(NAMED)))
+
+
+@pytest.mark.parametrize("clock", ["timestep", "step"])
+def test_steps_are_marked_by_the_chosen_clock(monkeypatch, clock):
+    marked = []
+    monkeypatch.setattr(preview, "gate_map_svg", lambda plan, steps: marked.append(steps) or "")
+    Preview().draw({**NAMED, "clock": clock}, SAMPLING)
+    assert marked == [SAMPLING.taus(clock)]
+
+
+@pytest.mark.parametrize("knobs", [{}, {"subject": "knight"}, {"style": "ink"}, {"subject": "", "style": "ink"}])
+def test_until_two_are_chosen_it_asks_for_them(knobs):
+    assert Preview().draw(knobs, SAMPLING) == say("Choose a subject and a style: what each will do is drawn here.")
+
+
+@pytest.mark.parametrize(
+    ("knobs", "sentence"),
+    [
+        ({**NAMED, "lean": 7}, "lean can't be '7'"),
+        ({**NAMED, "style": "<b>"}, "no LoRA '<b>'"),
+        ({**NAMED, "style": "broken"}, "isn't a whole safetensors file"),
+        ({**NAMED, "style": "giant"}, "different models"),
+        ({**NAMED, "style": "pickled"}, "is a pickle"),
+        ({**NAMED, "<i>": 1}, "no knob '<i>'"),
+    ],
+)
+def test_what_is_wrong_is_a_sentence(knobs, sentence):
+    drawn = Preview().draw(knobs, SAMPLING)
+    assert drawn.startswith('<p class="est-lora-error">')
+    assert drawn.count("<") == 2
+    assert sentence in unescape(drawn)
+
+
+def test_a_failure_of_ours_is_a_sentence_and_told_in_the_log(monkeypatch, caplog):
+    monkeypatch.setattr(FusionPlan, "of", lambda *args: 1 / 0)
+    drawn = Preview().draw(NAMED, SAMPLING)
+    assert drawn == say("The map can't be drawn (ZeroDivisionError); the log has more.", is_error=True)
+    assert "Traceback" in caplog.text
+
+
+def test_remarks_of_the_files_are_said(folder):
+    lora = random_lora(3, ATTENTION_LAYERS)
+    write(folder / "knight.safetensors", lora)
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "knight.safetensors")
+    key = next(key for key in tensors if "lora_up" in key)
+    save_file({**tensors, "lora_unet_<b>.lora_up.weight": tensors[key].clone()}, folder / "knight.safetensors")
+    plan = Preview().plan(NAMED)
+    assert plan.subject.remarks
+    drawn = Preview().draw(NAMED, SAMPLING)
+    for remark in plan.subject.remarks:
+        assert say(remark) in drawn
+
+
+class Seen(HTMLParser):
+    """The pictures of a piece of a page, and its texts."""
+
+    def __init__(self):
+        super().__init__()
+        self.pictures, self.texts = [], []
+
+    @classmethod
+    def of(cls, html):
+        seen = cls()
+        seen.feed(html)
+        return seen.pictures, seen.texts
+
+    def handle_starttag(self, tag, attrs):
+        assert tag in ("div", "figure", "img", "figcaption")
+        if tag == "img":
+            self.pictures.append(dict(attrs))
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+class TestCards:
+    @pytest.fixture(autouse=True)
+    def page(self, host):
+        """The host's pages of extra networks; what the second one was asked for."""
+        asked = []
+
+        def find_preview(stem):
+            asked.append(stem)
+            return f"./thumb?a=1&b={os.path.basename(stem)}" if "ink" not in stem else None
+
+        def find_embedded_preview(stem, name, metadata):
+            return f"./cover?{name}" if metadata["covers"] else None
+
+        loras = SimpleNamespace(name="lora", find_preview=find_preview, find_embedded_preview=find_embedded_preview)
+        others = SimpleNamespace(name="checkpoints", find_preview=lambda stem: "./wrong")
+        host.modules["modules.ui_extra_networks"].extra_pages[:] = [others, loras]
+        for entry in host.networks.available_networks.values():
+            entry.metadata = {"covers": entry.name == "ink"}
+        return asked
+
+    def test_both_are_shown(self, page, host):
+        assert Seen.of(cards(["knight", "ink"])) == (
+            [
+                {"src": "./thumb?a=1&b=knight", "alt": "Subject: knight"},
+                {"src": "./cover?ink", "alt": "Style: ink"},
+            ],
+            ["Subject: knight", "Style: ink"],
+        )
+        assert page[0] == str(host.folder / "knight")
+
+    def test_who_has_none_is_left_out(self, host):
+        host.networks.available_networks["ink"].metadata["covers"] = False
+        assert "Style" not in cards(["knight", "ink"])
+        assert "Subject" not in cards([None, "knight"])
+        assert "Style: knight" in cards([None, "knight"])
+        assert cards([None, None]) == cards(["ink", None]) == ""
+
+    @pytest.mark.parametrize("name", ["nobody", "<b>", "pickled"])
+    def test_names_that_are_not_here_have_none(self, name):
+        assert cards([name, name]) == ""
+
+    def test_a_name_is_text(self, host):
+        entry = host.networks.available_networks["knight"]
+        host.networks.available_network_aliases['a"<b>&'] = entry
+        ((picture,), captions) = Seen.of(cards(['a"<b>&', None]))
+        assert picture["alt"] == 'Subject: a"<b>&'
+        assert captions == ['Subject: a"<b>&']
+
+    def test_a_page_that_fails_shows_none(self, host):
+        host.networks.available_networks["ink"].metadata = None
+        assert cards(["ink", None]) == ""
+        host.modules["modules.ui_extra_networks"].extra_pages.clear()
+        assert cards(["knight", None]) == ""
+
+
+def test_a_sentence_is_text():
+    assert say("<a> & 'b'") == '<p class="est-lora-said">&lt;a&gt; &amp; &#x27;b&#x27;</p>'
+    assert say("x", is_error=True) == '<p class="est-lora-error">x</p>'
+    assert say("") == ""
