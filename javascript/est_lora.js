@@ -1,5 +1,5 @@
-// The page's part of EST-LoRA: buttons on the cards of the Lora tab, what the panel lacks for keyboards and screen
-// readers, and completion of <est:...> where the extension "tagcomplete" is installed. The panel works without it.
+// Buttons on the cards of the Lora tab, which put a LoRA into EST-LoRA's panel; and what that panel lacks for keyboards
+// and screen readers. The panel works without it.
 (() => {
     "use strict";
 
@@ -133,59 +133,6 @@
         tell();
     }
 
-    // -- completion: names of LoRAs in the tag's first two places, then knobs and their choices
-
-    let rest = "";
-
-    function teachCompletion() {
-        const parts = [typeof PARSERS, typeof QUEUE_SANITIZE, typeof QUEUE_AFTER_INSERT, typeof AutocompleteResult];
-        if (parts.includes("undefined")) return;
-        const type = ResultType.yamlWildcard; // one that is put in without a comma or a space behind it
-        const isOurs = (given, text) => given === type && text.startsWith("<est:");
-        QUEUE_SANITIZE.unshift((given, text) => (isOurs(given, text) ? text : null));
-        QUEUE_AFTER_INSERT.unshift((given, text, prompt, area) => {
-            const end = area.selectionStart - rest.length;
-            if (isOurs(given, text)) area.setSelectionRange(end, end);
-        });
-        PARSERS.push({
-            triggerCondition: () => tagword.startsWith("<est:"),
-            parse: (area) => completions(area).map((found) => Object.assign(new AutocompleteResult(), {type, ...found})),
-        });
-    }
-
-    function completions(area) {
-        const before = area.value.slice(0, area.selectionStart).match(/<est:[^<>]*$/i)?.[0];
-        if (!before || !tagword.startsWith(before.toLowerCase())) return [];
-        rest = area.value.slice(area.selectionStart).slice(0, tagword.length - before.length);
-        const pieces = before.split(":");
-        const typed = pieces.pop().toLowerCase();
-        const kept = `<est:${pieces.slice(1).map((piece) => `${piece}:`).join("")}`;
-        const given = (options, end) => options
-            .filter(([text]) => text.toLowerCase().includes(typed))
-            .map(([text, meta]) => ({text: kept + text + (rest ? "" : end) + rest, meta}))
-            .filter(({text}) => text !== before + rest);
-        if (pieces.length === 1) return given(names("subject"), ":");
-        if (pieces.length === 2) return given(names("style"), ">");
-        return typed.includes("=") ? given(choices(), ">") : given(knobs(), "");
-    }
-
-    function names(role) {
-        const files = loras.map(([path]) => path).filter((path) => path.endsWith(".safetensors"));
-        const stems = files.map((path) => path.split("/").pop().replace(/\.safetensors$/, ""));
-        return stems.filter((stem) => !/[:>=#]/.test(stem)).map((stem) => [stem, role]);
-    }
-
-    const knobParts = () => [...document.querySelectorAll('[id^="script_txt2img_estlora_"].est-lora-knob')];
-    const key = (part) => part.id.replace("script_txt2img_estlora_", "");
-    const knobs = () => knobParts().map((part) => [`${key(part)}=`, label(part)]);
-    const choices = () => knobParts().flatMap((part) =>
-        [...part.querySelectorAll("input[type=radio]")].map((word) => [`${key(part)}=${word.value}`, label(part)]));
-
     makePair();
-    if (typeof onUiLoaded === "function") {
-        onUiLoaded(() => {
-            document.querySelectorAll(PANEL).forEach(mend);
-            teachCompletion();
-        });
-    }
+    if (typeof onUiLoaded === "function") onUiLoaded(() => document.querySelectorAll(PANEL).forEach(mend));
 })();
