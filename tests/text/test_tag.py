@@ -192,6 +192,13 @@ def test_put_exchanges_the_first_tag_and_takes_out_the_others(prompt):
         assert put == begin + (" " if begin and not begin[-1].isspace() else "") + "<est:new:one>"
 
 
+@pytest.mark.parametrize(
+    ("before", "after"), [("", "<est:x:y>"), ("a", "a <est:x:y>"), ("a ", "a <est:x:y>"), ("a\n", "a\n<est:x:y>")]
+)
+def test_put_where_there_is_none(before, after):
+    assert tag.put(before, "<est:x:y>") == after
+
+
 @given(PROMPTS)
 def test_put_again_changes_nothing(prompt):
     put = tag.put(whole(*prompt), "<est:new:one>")

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from est_lora import report
 from est_lora.config import FusionConfig
@@ -158,8 +159,6 @@ def test_a_failure_of_ours_is_a_sentence_and_told_in_the_log(monkeypatch, caplog
 def test_remarks_of_the_files_are_said(folder):
     lora = random_lora(3, ATTENTION_LAYERS)
     write(folder / "knight.safetensors", lora)
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(folder / "knight.safetensors")
     key = next(key for key in tensors if "lora_up" in key)
     save_file({**tensors, "lora_unet_<b>.lora_up.weight": tensors[key].clone()}, folder / "knight.safetensors")

@@ -81,8 +81,8 @@ def test_settings_alone_fuse_nothing(web, use):
 def test_one_tag_is_meant():
     assert request.of_tags([]) == {}
     assert request.of_tags([{"lean": "1"}]) == {"lean": "1"}
-    with pytest.raises(EstLoraError, match="The prompt has 3 <est:...> tags, and one fusion needs one: keep one."):
-        request.of_tags([{}, {}, {}])
+    with pytest.raises(EstLoraError, match="The prompt has 2 <est:...> tags, and one fusion needs one: keep one."):
+        request.of_tags([{}, {}])
 
 
 def test_a_tag_that_was_not_read_is_pointed_out():
