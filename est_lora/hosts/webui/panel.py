@@ -134,9 +134,6 @@ class Panel:
         pairs = [self.knobs[key] for pair in _EXCHANGED for key in pair]
         turned = [self.knobs[key] for one, other in _EXCHANGED for key in (other, one)]
         self._exchange.click(fn=lambda *values: values, inputs=pairs, outputs=turned, show_progress=False)
-        files = [self.knobs[key] for key in _FILES]
-        for component in files:
-            component.change(fn=_draw_cards, inputs=files, outputs=[self._cards], show_progress=False)
         told = [self._preset, self._said]
         self._save.click(fn=_answering(_save, 1), inputs=[self._preset, *knobs], outputs=told, show_progress=False)
         self._delete.click(fn=_answering(_delete, 1), inputs=[self._preset], outputs=told, show_progress=False)
@@ -181,15 +178,15 @@ class Panel:
         self._redraw(read.then, page)
 
     def _redraw(self, event: Callable[..., Any], page: list[Any]) -> None:
-        """Has an event redraw the map.
+        """Has an event redraw the cards and the map.
 
         Gradio 3 drops an event while the one before is being answered. So the first answer is only a pause; after it
         the map is drawn, and once more if anything has changed meanwhile: what is read last is what is there.
         """
         drawing = {
-            "fn": functools.partial(_draw_map, self._preview),
+            "fn": functools.partial(_draw, self._preview),
             "inputs": [self._drawn, *(self.knobs[key] for key in KNOBS), *page],
-            "outputs": [self._map],
+            "outputs": [self._cards, self._map],
             "show_progress": False,
         }
         event(fn=_pause, inputs=[], outputs=[], show_progress=False).then(**drawing).then(**drawing)
@@ -367,11 +364,12 @@ def _pause() -> None:
     time.sleep(_PAUSE_S)
 
 
-def _draw_map(preview: Preview, drawn: Drawn, *values: Any) -> Any:
+def _draw(preview: Preview, drawn: Drawn, *values: Any) -> list[Any]:
+    """The cards and the map of what will be done."""
     import gradio as gr
 
     if values == drawn.values:
-        return gr.update()
+        return [gr.update(), gr.update()]
     drawn.values = values
     knobs, (prompt, sampler, scheduler, steps, *strength) = values[: len(KNOBS)], values[len(KNOBS) :]
     try:
@@ -380,13 +378,10 @@ def _draw_map(preview: Preview, drawn: Drawn, *values: Any) -> Any:
         asked = read(knobs) if tagged else read([True, *knobs[1:]])
         asked = request.combined(asked, tagged)
     except EstLoraError as error:
-        return say(str(error), is_error=True)
+        return ["", say(str(error), is_error=True)]
     said = say("The tag in the prompt goes before this panel.") if tagged else ""
-    return said + preview.draw(asked, Sampling(sampler, scheduler, int(steps or 0), *strength))
-
-
-def _draw_cards(*names: str | None) -> str:
-    return cards([None if _is_nothing(name) else name for name in names])
+    sampling = Sampling(sampler, scheduler, int(steps or 0), *strength)
+    return [cards([asked.get(key) for key in _FILES]), said + preview.draw(asked, sampling)]
 
 
 def _lora_list() -> tuple[list[str], str]:

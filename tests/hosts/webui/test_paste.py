@@ -72,7 +72,7 @@ def disk(web, tmp_path):
 @pytest.fixture
 def page(web, disk, monkeypatch):
     monkeypatch.setattr(panel, "_PAUSE_S", 0)
-    monkeypatch.setattr(panel, "_draw_map", lambda *args: "")
+    monkeypatch.setattr(panel, "_draw", lambda *args: ["", ""])
     return Page(web)
 
 
