@@ -30,13 +30,16 @@
         pair.addEventListener("keydown", walk);
     }
 
+    function isPickle(card) {
+        return PICKLE.test(card.querySelector("[data-clipboard-text]")?.dataset.clipboardText ?? "");
+    }
+
     function canBeUsed(card) {
-        const file = card.querySelector("[data-clipboard-text]")?.dataset.clipboardText;
-        return card.offsetParent && !PICKLE.test(file ?? "");
+        return card.matches(CARD) && card.offsetParent && !isPickle(card);
     }
 
     function moveTo(card) {
-        if (pair.parentElement === card || !canBeUsed(card)) return;
+        if (pair.parentElement === card || isPickle(card)) return;
         const focused = pair.contains(document.activeElement) && document.activeElement;
         for (const button of pair.querySelectorAll("button")) {
             button.title = `Use ${card.dataset.name} as EST-LoRA's ${button.dataset.role}`;
@@ -69,7 +72,7 @@
         if (!way) return;
         event.preventDefault();
         let card = pair.closest(CARD)?.[way];
-        while (card && !(card.matches(CARD) && canBeUsed(card))) card = card[way];
+        while (card && !canBeUsed(card)) card = card[way];
         if (!card) return;
         moveTo(card);
         card.scrollIntoView({block: "nearest"});
@@ -92,7 +95,7 @@
         const tabs = event.key === "Tab" && event.target.closest?.('[id$="2img_extra_tabs"]');
         const cards = tabs && tabs.querySelector(CARDS);
         if (!cards?.offsetParent || (cards.contains(pair) && pair.offsetParent)) return;
-        const first = [...cards.children].find((card) => card.matches(CARD) && canBeUsed(card));
+        const first = [...cards.children].find(canBeUsed);
         if (first) moveTo(first);
     });
 
