@@ -93,6 +93,8 @@ def test_the_blocks_of_the_network_are_named_beside_their_rows(plan_of):
         block = layer.layer.name.replace("_block.", "_block").split(".")
         rows.setdefault("mid" if block[0].startswith("mid") else f"{block[0][:-7]} {block[1]}", []).append(number)
     assert named == {(numbers[0] + numbers[-1] + 1) / 2: name for name, numbers in rows.items()}
+    first, second = axes.transData.transform([(0, 0), (0, 1)])[:, 1]
+    assert first > second  # from the top
     assert [line.get_ydata()[0] for line in axes.lines] == [numbers[0] for numbers in rows.values()][1:]
 
 
@@ -112,7 +114,9 @@ def test_the_legend_names_who_acts_and_nobody_else(plan_of):
 @pytest.mark.parametrize("knobs", KNOBS, ids=str)
 def test_the_styles_share_of_the_layers_that_the_gate_decides(plan_of, knobs):
     plan = plan_of(**knobs)
-    x, y = gate_map(plan).axes[1].lines[0].get_data()
+    line = gate_map(plan).axes[1].lines[0]
+    assert line.get_drawstyle() == "steps-post"
+    x, y = line.get_data()
     gated = [layer for layer in plan.layers if layer.gated]
     for tau in np.linspace(0, 1, 57):
         share = sum(layer.acts(tau) in ("style", "both") for layer in gated) / len(gated)
@@ -138,7 +142,7 @@ def test_the_title_says_what_it_is_of(plan_of):
     assert gate_map(plan).axes[0].get_title() == "knight  x  ink\nk-lora, beta 0.25, alpha 2"
 
 
-@pytest.mark.parametrize("name", ["a<b>&c", "$\\frac{", "_^$x$", "&lt;", "]]>", "--"])
+@pytest.mark.parametrize("name", ["a<b>&c", "$\\frac{$", "_^$x$", "&lt;", "]]>", "--"])
 def test_a_files_name_is_text(plan_of, name):
     figure = gate_map(plan_of(subject=name))
     assert figure.axes[0].get_title().startswith(f"{name}  x  ink\n")

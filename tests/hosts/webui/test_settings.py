@@ -48,6 +48,7 @@ def test_labels_are_unique(options):
 
 def test_the_page_begins_with_what_the_program_has_built_in(options, opts):
     before = settings.defaults()
+    assert (settings.draws_map(), settings.saves_map()) == (True, False)
     opts.data |= {key: option.default for key, option in options.items()}
     assert settings.defaults() == before == {field.key: field.default for field in OURS.values()}
     assert settings.draws_map()
