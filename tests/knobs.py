@@ -7,6 +7,14 @@ from hypothesis import strategies as st
 from est_lora.config import AUTO, FIELDS, Field, FusionConfig
 
 FILES = ("subject", "style")
+# Every knob at another value than the default, as the panel shows it.
+OTHERWISE = {
+    **dict.fromkeys(("subject_weight", "style_weight", "lean"), 0.5),
+    **dict.fromkeys(("subject_te", "style_te"), 0.0),
+    **{field.key: field.choices[-1] for field in FIELDS if field.choices},
+    "beta": "0.4",
+    "alpha": 3.0,
+}
 
 
 def values(field: Field) -> st.SearchStrategy[object]:

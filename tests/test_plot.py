@@ -98,6 +98,14 @@ def test_the_blocks_of_the_network_are_named_beside_their_rows(plan_of):
     assert [line.get_ydata()[0] for line in axes.lines] == [numbers[0] for numbers in rows.values()][1:]
 
 
+def test_a_block_of_too_few_rows_has_no_name(plan_of):
+    plan = plan_of()
+    few = [layer for layer in plan.layers if layer.layer.name.startswith("mid")][:1]
+    many = [layer for layer in plan.layers if layer.layer.name.startswith("up")] * 10
+    axes = gate_map(dataclasses.replace(plan, layers=(*few, *many))).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["up 1"]
+
+
 def test_the_legend_names_who_acts_and_nobody_else(plan_of):
     plan = plan_of()
     waiting = dataclasses.replace(plan.layers[0], segments=(Segment(0.0, NEEDS_MODEL),))

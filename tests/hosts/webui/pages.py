@@ -9,32 +9,32 @@ from tests.hosts.webui.fakes import Component, read_infotext
 from tests.hosts.webui.host import WebUI
 
 _OF_THE_HOST = {"prompt": "a knight", "sampling": "Euler", "scheduler": "Automatic", "steps": 4}
+_OF_IMG2IMG = {"denoising_strength": 0.5}
 
 
 class Page:
     """One tab. Components are called by the ends of their identifiers, buttons by their words."""
 
-    def __init__(self, web: WebUI, tab: str = "txt2img", late: tuple[str, ...] = ()) -> None:
-        """Builds it; `late` are components of the host that it makes after the panel."""
+    def __init__(self, web: WebUI, tab: str = "txt2img", missing: tuple[str, ...] = ()) -> None:
+        """Builds it but for the components `missing` of the host."""
         self._web, self._tab = web, tab
         self._context = web.modules["gradio"].Context
         self._context.root_block = SimpleNamespace(blocks={})
         self.components: dict[str, Component] = {}
         web.script.is_img2img = tab == "img2img"
-        own = _OF_THE_HOST | ({"denoising_strength": 0.5} if tab == "img2img" else {})
+        own = _OF_THE_HOST | (_OF_IMG2IMG if tab == "img2img" else {})
         first = len(web.components)
-        for name in own.keys() - set(late):
-            self.make(name, own[name])
+        for name in own.keys() - set(missing):
+            self.make(name)
         self.drawn = web.script.ui(web.script.is_img2img)
         for made in web.components[first:]:
             prefix, _, name = (getattr(made, "elem_id", None) or "").partition("_estlora_")
             if prefix == f"script_{tab}":
                 self.components[name] = made
-        for name in late:
-            self.make(name, own[name])
 
-    def make(self, name: str, value: Any = None) -> Component:
+    def make(self, name: str) -> Component:
         """The host makes a component."""
+        value = (_OF_THE_HOST | _OF_IMG2IMG).get(name)
         elem_id = f"{self._tab}_{name}"
         made = self._web.modules["gradio"].Textbox(value=value, elem_id=elem_id)
         self._web.script.after_component(made, elem_id=elem_id)
@@ -73,7 +73,9 @@ class Page:
 
     def _run(self, chain: list[dict[str, Any]], picked: str | None = None) -> None:
         for event in chain:
-            given = [picked if "_js" in event else part.value for part in event["inputs"]]
+            given = [part.value for part in event["inputs"]]
+            if "_js" in event:
+                given[0] = picked
             answer = event["fn"](*given)
             outputs = event["outputs"]
             answers = [answer] if len(outputs) == 1 and not isinstance(answer, (list, tuple)) else answer or []

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from est_lora.config import FIELDS, FusionConfig
+from est_lora.config import FusionConfig
 from est_lora.gate import FusionPlan
 from est_lora.hosts.webui import infotext, panel
 from est_lora.hosts.webui.loras import LoraList
@@ -21,17 +21,10 @@ from tests.hosts.webui import fakes
 from tests.hosts.webui.fakes import infotext_of
 from tests.hosts.webui.host import Processing
 from tests.hosts.webui.pages import Page
-from tests.knobs import configs
+from tests.knobs import OTHERWISE, configs
 
 NAMES = ("knight", "ink", "stone", "wood")
 PAIRS = st.permutations(NAMES).map(lambda names: names[:2])
-OTHERWISE = {
-    **dict.fromkeys(("subject_weight", "style_weight", "lean"), 0.5),
-    **dict.fromkeys(("subject_te", "style_te"), 0.0),
-    **{field.key: field.choices[-1] for field in FIELDS if field.choices},
-    "beta": "0.4",
-    "alpha": 3.0,
-}
 
 
 class Disk:
