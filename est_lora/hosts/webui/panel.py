@@ -38,7 +38,8 @@ _FOLDED = (
 _OF_PAGE = ("prompt", "sampling", "scheduler", "steps")
 _OF_IMG2IMG = ("denoising_strength",)
 _BUTTONS = ["est-lora-buttons"]
-_PAUSE_S = 0.12
+_PAUSE_S = 0.1
+_AT_ONCE = {"show_progress": False, "queue": False}  # pictures may be waiting in the queue
 _EXCHANGED = (("subject", "style"), ("subject_weight", "style_weight"), ("subject_te", "style_te"))
 
 
@@ -187,9 +188,9 @@ class Panel:
             "fn": functools.partial(_draw, self._preview),
             "inputs": [self._drawn, *(self.knobs[key] for key in KNOBS), *page],
             "outputs": [self._cards, self._map],
-            "show_progress": False,
+            **_AT_ONCE,
         }
-        event(fn=_pause, inputs=[], outputs=[], show_progress=False).then(**drawing).then(**drawing)
+        event(fn=_pause, inputs=[], outputs=[], **_AT_ONCE).then(**drawing).then(**drawing)
 
 
 class _Drawing:
