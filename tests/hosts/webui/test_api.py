@@ -326,7 +326,8 @@ class TestPicture:
             assert picture.format == "PNG"
             picture.load()
 
-    def test_it_is_of_the_plan(self, app, drawn):
+    def test_it_is_of_the_plan(self, web, app, drawn):
+        web.modules["modules.shared"].opts.data["est_lora_alpha"] = 3
         app.get("/est-lora/v1/plan.png", **NAMED, lean="0.5")
         ((plan, marks),) = drawn
         assert report.to_json(plan) == app.get("/est-lora/v1/plan", **NAMED, lean="0.5")

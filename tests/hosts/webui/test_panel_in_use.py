@@ -174,6 +174,14 @@ def test_a_preset_is_saved_and_offered(page, presets):
     assert said(page) == ("Saved as mine.", False)
 
 
+def test_an_emptied_field_is_saved_as_the_setting(set_up, presets):
+    use(set_up, **SETTING)
+    page = Page(set_up)
+    page.set(beta="", lean=None, preset="mine")
+    page.press("Save")
+    assert {key: presets.load("mine")[key] for key in SETTING} == SETTING
+
+
 def test_a_preset_is_loaded(page, presets):
     presets.save("mine", {"style": "ink", "beta": 0.4, "lean": 0.5, "hires": "subject"})
     page.set(enabled=True, subject="knight", style="wood", lean=-1.0, preset="mine")
@@ -333,8 +341,10 @@ def test_a_panel_that_is_off_adds_nothing_to_a_tag(page):
     assert "lean can&#x27;t be &#x27;7&#x27;" in page["map"]
 
 
-def test_the_map_is_right_again_when_a_tag_was_read(page):
-    page.set(prompt="<est:knight:ink>", subject="stone", style="wood")
+def test_the_map_follows_a_tag_that_comes_and_goes_though_no_knob_changes(page):
+    page.set(subject="knight", style="ink", enabled=True)
+    page.press("Insert tag")
+    assert "The tag in the prompt" in page["map"]
     page.press("Read tag")
     assert "The tag in the prompt" not in page["map"]
     assert "<svg" in page["map"]

@@ -199,7 +199,7 @@ class TestCards:
 
         def find_preview(stem):
             asked.append(stem)
-            return f"./thumb?a=1&b={os.path.basename(stem)}" if "ink" not in stem else None
+            return f"./thumb?a=1&lt={os.path.basename(stem)}" if "ink" not in stem else None
 
         def find_embedded_preview(stem, name, metadata):
             return f"./cover?{name}" if metadata["covers"] else None
@@ -214,7 +214,7 @@ class TestCards:
     def test_both_are_shown(self, page, host):
         assert Seen.of(cards(["knight", "ink"])) == (
             [
-                {"src": "./thumb?a=1&b=knight", "alt": "Subject: knight"},
+                {"src": "./thumb?a=1&lt=knight", "alt": "Subject: knight"},
                 {"src": "./cover?ink", "alt": "Style: ink"},
             ],
             ["Subject: knight", "Style: ink"],
