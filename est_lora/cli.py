@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from est_lora import __version__
-from est_lora.config import FIELDS, FusionConfig
+from est_lora.config import FIELDS, FILES, FusionConfig
 from est_lora.errors import EstLoraError, quote, reason
 
 _EXIT_BAD_INPUT, _EXIT_INTERRUPTED = 2, 130
-_FILES = ("subject", "style")
 _SIZE = re.compile(r"(\d{1,5})(?:x(\d{1,5}))?", re.ASCII)
 _SEEDS = re.compile(r"\s*(\d{1,20})(?:-(\d{1,20}))?\s*", re.ASCII)
 _MOST_SEED, _MOST_PICTURES = 2**63, 100_000
@@ -78,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="what two files hold, and what they will do", allow_abbrev=False)
     inspect.description = "Shows what is in two LoRA files and which of them acts where and when."
-    for name in _FILES:
+    for name in FILES:
         inspect.add_argument(name, metavar=name.upper(), help=f"the {name}'s .safetensors file")
     inspect.add_argument(
         "--model", metavar="PATH", help="a model (folder or file) whose weights DoRA, (IA)^3, OFT and GLoRA depend on"
@@ -96,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="for a file: a folder in diffusers' format to configure it by, without network",
     )
-    for name in _FILES:
+    for name in FILES:
         generate.add_argument(f"--{name}", required=True, metavar="FILE", help=f"the {name}'s .safetensors file")
     generate.add_argument("--prompt", required=True, metavar="TEXT", help="what to draw")
     generate.add_argument("--negative", default="", metavar="TEXT", help="what to keep away from")
@@ -124,7 +123,7 @@ def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
 def _add_knobs(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("knobs of the fusion")
     for field in FIELDS:
-        if field.key not in _FILES and not field.webui:
+        if field.key not in FILES and not field.webui:
             explained = f"{field.help} ({field.range}; default {field.default})".replace("%", "%%")
             metavar = "WORD" if field.choices else "X"
             group.add_argument(field.flag, dest=field.key, default=None, metavar=metavar, help=explained)

@@ -222,3 +222,5 @@ def _field(declared: dataclasses.Field[Any]) -> Field:
 
 
 FIELDS: tuple[Field, ...] = tuple(_field(declared) for declared in dataclasses.fields(FusionConfig))
+BY_KEY: dict[str, Field] = {field.key: field for field in FIELDS}
+FILES = ("subject", "style")  # the keys of the two knobs that are files

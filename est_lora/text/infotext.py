@@ -9,12 +9,11 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 
-from est_lora.config import FIELDS, FusionConfig
+from est_lora.config import FIELDS, FILES, FusionConfig
 from est_lora.errors import EstLoraError
 
 HASHES = "Lora hashes"
 _NEGATIVE = "Negative prompt:"
-_FILES = ("subject", "style")
 # What separates names from hashes, and one pair from the next, can't be in a name.
 _SEPARATORS = str.maketrans("", "", ":,")
 
@@ -46,7 +45,7 @@ def write(prompt: str, negative: str, values: Mapping[str, object]) -> str:
 def fusion(config: FusionConfig) -> dict[str, object]:
     """The keys and values of a fusion: the names of the two files, and every knob that isn't at its default."""
     return {
-        field.infotext: PurePath(value).stem if field.key in _FILES else value
+        field.infotext: PurePath(value).stem if field.key in FILES else value
         for field in FIELDS
         if (value := getattr(config, field.key)) != field.default
     }

@@ -8,12 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from est_lora.config import FIELDS
+from est_lora.config import FIELDS, FILES
 from est_lora.errors import EstLoraError, quote
 
 NAME = "est"
-_POSITIONS = ("subject", "style", "subject_weight", "style_weight")
-_FILES = _POSITIONS[:2]
+_POSITIONS = (*FILES, "subject_weight", "style_weight")
 _TAG = re.compile(rf"[ ]?<{NAME}:([^>]+)>")
 # What ends a tag or a piece of it, and what begins a comment.
 _NOT_IN_NAMES = re.compile(r"[:>=#\n]|^\s|\s$")
@@ -49,7 +48,7 @@ def write(knobs: Mapping[str, object], defaults: Mapping[str, object]) -> str:
         EstLoraError: subject or style is missing, or a name can't be in a tag.
     """
     pieces = []
-    for key in _FILES:
+    for key in FILES:
         name = knobs.get(key)
         if not isinstance(name, str):
             raise EstLoraError(f"A tag names two LoRAs, and there is no {key}: choose one.")
@@ -58,7 +57,7 @@ def write(knobs: Mapping[str, object], defaults: Mapping[str, object]) -> str:
         pieces.append(name)
     for field in FIELDS:
         value = knobs.get(field.key, field.default)
-        if field.key not in _FILES and (value != field.default or value != defaults.get(field.key, field.default)):
+        if field.key not in FILES and (value != field.default or value != defaults.get(field.key, field.default)):
             pieces.append(f"{field.key}={field.text(value)}")
     return f"<{NAME}:{':'.join(pieces)}>"
 
@@ -102,7 +101,7 @@ def rename(prompt: str, name_of: Callable[[str], str]) -> str:
         except EstLoraError:  # it is said when a picture is made
             return found[0]
         pieces = [
-            _with_value(piece, value, name_of(value)) if key in _FILES and value else piece
+            _with_value(piece, value, name_of(value)) if key in FILES and value else piece
             for piece, (key, value) in zip(content.split(":"), pairs)
         ]
         return f"{start}:{':'.join(pieces)}>"

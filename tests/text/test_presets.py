@@ -17,13 +17,12 @@ from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
-from est_lora.config import AUTO, FIELDS, FusionConfig
+from est_lora.config import AUTO, BY_KEY, FIELDS, FusionConfig
 from est_lora.errors import EstLoraError
 from est_lora.text import presets as module
 from est_lora.text.presets import Presets
 
 ROOT = Path(__file__).parent.parent.parent
-BY_KEY = {field.key: field for field in FIELDS}
 ALWAYS = BY_KEY.keys() - {"enabled", "subject", "style"}
 NAMES = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), max_size=64).map(str.strip).filter(bool)
 VALUES = {field.key: st.floats(max(field.low, -9), field.high, exclude_min=field.above_low) for field in FIELDS[3:]}

@@ -25,7 +25,7 @@ from tests.webui.loras import write_lora
 ROOT = Path(__file__).parents[2]
 TITLE, PROBE = "EST-LoRA", "EST-LoRA probe"
 _MARK = "estlora-test"
-_PATIENCE_S = 180
+_PATIENCE_S, _PATIENCE_OF_RELOADS_S = 180, 60
 _READY = "Startup time"
 
 
@@ -175,6 +175,13 @@ class Started:
     def starts(self) -> int:
         """How often it said that it is ready, counting those after Reload UI."""
         return self.log.read_text(errors="replace").count(_READY)
+
+    def wait_for_next(self, starts: int) -> None:
+        """Waits until it has said oftener than `starts` times that it is ready."""
+        deadline = time.monotonic() + _PATIENCE_OF_RELOADS_S
+        while self.starts() == starts:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
 
     def stop(self) -> None:
         """Stops it, and takes the links out again."""

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from est_lora.config import FIELDS, Field
+from est_lora.config import FIELDS, FILES, Field
 from est_lora.errors import EstLoraError
 from est_lora.hosts.webui.loras import LoraList
 
 KNOBS = (
-    *("subject", "style", "subject_weight", "style_weight", "beta", "alpha", "lean"),
+    *(*FILES, "subject_weight", "style_weight", "beta", "alpha", "lean"),
     *("balance", "pattern", "clock", "method", "layers", "hires"),
 )
 _PREFIX = "[EST] "
-_NAMES = ("subject", "style")
 _CHOSEN = "est_lora_axes"
 _PLOT = "xyz_grid.py"
 _DIGITS = 8
@@ -101,7 +100,7 @@ def _confirming(field: Field) -> Callable[..., None]:
 
 
 def _choices(field: Field) -> Callable[[], list[str]] | None:
-    if field.key in _NAMES:
+    if field.key in FILES:
         return _names
     return (lambda: list(field.choices)) if field.choices else None
 
@@ -116,4 +115,4 @@ def _names() -> list[str]:
 def _checked(field: Field, value: object) -> Any:
     """A value as the field's own type, or the name of the file that is meant."""
     parsed = field.parse(value)
-    return LoraList().find(parsed).name if field.key in _NAMES else parsed
+    return LoraList().find(parsed).name if field.key in FILES else parsed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from est_lora import clock
 from est_lora.fusion import find, modules_of, original_weight
 from est_lora.gate import FusionPlan
+from est_lora.hosts.webui.steps import has_list
 from est_lora.lora import LayerId, LoraFile, Shape, UNetLayout, Weight
 from est_lora.lora.names import TEXT_ENCODERS, UNET, read_name
 
@@ -122,8 +122,8 @@ class Host(ABC):
 def step_starts(host: Host, p: Any) -> list[float]:
     """The noise levels at which the steps of the job's sampler begin; empty for a sampler without such a list."""
     sampler = p.sampler
-    if not {"sigmas", "sigma_sched", "timesteps"} & inspect.signature(sampler.func).parameters.keys():
-        return []  # it chooses its own
+    if not has_list(sampler.func):
+        return []
     from modules.sd_samplers_common import setup_img2img_steps
 
     is_second = getattr(p, "is_hr_pass", False)

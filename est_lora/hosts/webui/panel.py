@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from est_lora.config import FIELDS, FusionConfig
+from est_lora.config import BY_KEY, FIELDS, FILES, FusionConfig
 from est_lora.errors import EstLoraError
 from est_lora.hosts.webui import request, settings
 from est_lora.hosts.webui.loras import LoraList
@@ -23,8 +23,6 @@ log = logging.getLogger(__name__)
 
 TITLE = "EST-LoRA"
 KNOBS = tuple(field.key for field in FIELDS)
-_BY_KEY = {field.key: field for field in FIELDS}
-_FILES = ("subject", "style")
 _FOLDED = (
     ("method",),
     ("alpha",),
@@ -40,7 +38,7 @@ _OF_IMG2IMG = ("denoising_strength",)
 _BUTTONS = ["est-lora-buttons"]
 _PAUSE_S = 0.1
 _AT_ONCE = {"show_progress": False, "queue": False}  # pictures may be waiting in the queue
-_EXCHANGED = (("subject", "style"), ("subject_weight", "style_weight"), ("subject_te", "style_te"))
+_EXCHANGED = (FILES, ("subject_weight", "style_weight"), ("subject_te", "style_te"))
 
 
 class Panel:
@@ -66,7 +64,8 @@ class Panel:
         draw = _Drawing(gr, script, settings.defaults())
         with InputAccordion(value=False, label=TITLE, elem_id=script.elem_id("enabled")) as enabled:
             self.knobs = {"enabled": enabled}
-            self._draw_files(draw)
+            names, why_none = _lora_list()
+            self._draw_files(draw, [NOTHING, *names])
             with gr.Row(elem_classes=_BUTTONS):
                 self._exchange = draw.button("Exchange", "Exchanges the two LoRAs, with their strengths")
                 self._insert = draw.button(
@@ -78,7 +77,7 @@ class Panel:
             with gr.Row():
                 self.knobs |= {key: draw.knob(key) for key in ("subject_weight", "style_weight")}
             self.knobs["beta"] = draw.knob("beta")
-            self._map = gr.HTML(say(_lora_list()[1], is_error=True), elem_id=script.elem_id("map"))
+            self._map = gr.HTML(say(why_none, is_error=True), elem_id=script.elem_id("map"))
             with gr.Accordion("Advanced", open=False, elem_id=script.elem_id("advanced")):
                 for row in _FOLDED:
                     with gr.Row():
@@ -102,13 +101,12 @@ class Panel:
 
     # -- drawing
 
-    def _draw_files(self, draw: _Drawing) -> None:
+    def _draw_files(self, draw: _Drawing, names: list[str]) -> None:
         from modules.ui_common import create_refresh_button
 
-        names = [NOTHING, *_lora_list()[0]]
         with draw.gr.Row():
-            self.knobs |= {key: draw.file(key, names) for key in _FILES}
-            create_refresh_button([self.knobs[key] for key in _FILES], _refresh, _choices, draw.id("refresh"))
+            self.knobs |= {key: draw.file(key, names) for key in FILES}
+            create_refresh_button([self.knobs[key] for key in FILES], _refresh, _choices, draw.id("refresh"))
         self._cards = draw.gr.HTML("", elem_id=draw.id("cards"))
 
     def _draw_presets(self, draw: _Drawing) -> None:
@@ -143,7 +141,7 @@ class Panel:
         )
         # The cards of the extra networks press these; the page's script knows which card it was.
         dummy = draw.gr.Textbox(visible=False)
-        for key, other in (_FILES, _FILES[::-1]):
+        for key, other in (FILES, FILES[::-1]):
             button = draw.button(f"Use the card as {key}", "", key=f"pick_{key}", elem_classes=["est-lora-hidden"])
             button.click(
                 fn=_answering(functools.partial(_pick, key), 2),
@@ -210,7 +208,7 @@ class _Drawing:
         return component
 
     def knob(self, key: str) -> Any:
-        field = _BY_KEY[key]
+        field = BY_KEY[key]
         kind, arguments = settings.component(field)
         about = f"{field.help}; {field.range}" if field.auto else field.help
         value = shown(field, self._defaults[key])
@@ -225,7 +223,7 @@ class _Drawing:
         return self.own(made)
 
     def file(self, key: str, names: list[str]) -> Any:
-        field = _BY_KEY[key]
+        field = BY_KEY[key]
         return self.gr.Dropdown(
             choices=names,
             value=NOTHING,
@@ -252,7 +250,7 @@ def read(arguments: Sequence[object]) -> dict[str, object]:
     else:
         given = {key: value for key, value in zip(KNOBS, arguments) if not _is_nothing(value)}
     try:
-        is_on = _BY_KEY["enabled"].parse(given.get("enabled", False))
+        is_on = BY_KEY["enabled"].parse(given.get("enabled", False))
     except EstLoraError:
         is_on = True  # what is wrong with it is said where all knobs are checked
     return given if is_on else {}
@@ -293,11 +291,7 @@ def _pick(key: str, name: str, other: str | None) -> tuple[list[Any], str]:
 
 
 def _insert(prompt: str, *values: object) -> tuple[list[Any], str]:
-    knobs = _typed(request.combined(read([True, *values[1:]])))
-    loras = LoraList()
-    for key in _FILES:
-        if isinstance(name := knobs[key], str):
-            knobs[key] = loras.name_in_tag(name)
+    knobs = _with_names(_shown(values), LoraList().name_in_tag)
     written = tag.write({**knobs, "enabled": True}, settings.defaults())
     return [tag.put(prompt, written)], "The tag is in the prompt; from now on it goes before this panel."
 
@@ -306,12 +300,9 @@ def _read(prompt: str) -> tuple[list[Any], str]:
     tags = tag.find(prompt)
     if not tags:
         raise EstLoraError(f"There is no <{tag.NAME}:...> tag in the prompt.")
-    knobs = _typed({**settings.defaults(), **request.of_tags(tags)})
     loras = LoraList()
-    for key in _FILES:
-        if isinstance(name := knobs[key], str):
-            knobs[key] = loras.find(name).name
-    values = [shown(_BY_KEY[key], knobs[key]) for key in KNOBS]
+    knobs = _with_names(_typed(request.combined(request.of_tags(tags))), lambda name: loras.find(name).name)
+    values = [shown(BY_KEY[key], knobs[key]) for key in KNOBS]
     return [tag.without(prompt), *values], "The tag was taken out of the prompt; this panel has what it said."
 
 
@@ -321,11 +312,21 @@ def _typed(knobs: Mapping[str, object]) -> dict[str, object]:
     return {key: getattr(config, key) for key in KNOBS}
 
 
+def _shown(values: Sequence[object]) -> dict[str, object]:
+    """Every knob as the panel shows it, whether it is switched on or not."""
+    return _typed(request.combined(read([True, *values[1:]])))
+
+
+def _with_names(knobs: Mapping[str, object], name_of: Callable[[str], str]) -> dict[str, object]:
+    """The knobs, their files under the names that `name_of` gives."""
+    return {key: name_of(value) if key in FILES and isinstance(value, str) else value for key, value in knobs.items()}
+
+
 def _save(name: str | None, *values: object) -> tuple[list[Any], str]:
     import gradio as gr
 
     presets = _presets()
-    presets.save(name or "", _typed(request.combined(read([True, *values[1:]]))))
+    presets.save(name or "", _shown(values))
     sentence = " ".join([f"Saved as {(name or '').strip()}.", *presets.remarks])
     return [gr.update(choices=presets.names(), value=(name or "").strip())], sentence
 
@@ -344,7 +345,7 @@ def _load(name: str | None) -> tuple[list[Any], str]:
 
     presets = _presets()
     knobs = presets.load(name or "")
-    values = [shown(_BY_KEY[key], knobs[key]) if key in knobs else gr.update() for key in KNOBS]
+    values = [shown(BY_KEY[key], knobs[key]) if key in knobs else gr.update() for key in KNOBS]
     return values, " ".join([f"{(name or '').strip()} is in the panel.", *presets.remarks])
 
 
@@ -382,7 +383,7 @@ def _draw(preview: Preview, drawn: Drawn, *values: Any) -> list[Any]:
         return ["", say(str(error), is_error=True)]
     said = say("The tag in the prompt goes before this panel.") if tagged else ""
     sampling = Sampling(sampler, scheduler, int(steps or 0), *strength)
-    return [cards([asked.get(key) for key in _FILES]), said + preview.draw(asked, sampling)]
+    return [cards([asked.get(key) for key in FILES]), said + preview.draw(asked, sampling)]
 
 
 def _lora_list() -> tuple[list[str], str]:

@@ -7,14 +7,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from est_lora.config import FIELDS, Field
+from est_lora.config import BY_KEY, FILES, Field
 from est_lora.errors import EstLoraError
 from est_lora.hosts.webui.loras import LoraList
 from est_lora.text import tag
 from est_lora.text.infotext import HASHES, lora_hash
 
-_BY_KEY = {field.key: field for field in FIELDS}
-_FILES = ("subject", "style")
 _PROMPTS = ("Prompt", "Hires prompt")
 NOTHING = "None"
 
@@ -35,10 +33,10 @@ class Pasted:
         A picture without a fusion switches the panel off and changes nothing else in it; one with a fusion sets every
         knob, those it doesn't name to the built-in defaults.
         """
-        is_fused = _written(_BY_KEY["subject"], parameters) is not None
+        is_fused = _written(BY_KEY["subject"], parameters) is not None
         if self.key == "enabled":
             return is_fused
-        return _value(_BY_KEY[self.key], parameters) if is_fused else None
+        return _value(BY_KEY[self.key], parameters) if is_fused else None
 
 
 def shown(field: Field, value: object) -> Any:
@@ -62,7 +60,7 @@ def renamed(prompt: str, parameters: Mapping[str, Any]) -> str:
 
 def _value(field: Field, parameters: Mapping[str, Any]) -> Any:
     written = _written(field, parameters)
-    if field.key in _FILES:
+    if field.key in FILES:
         return _name(str(written), parameters) if written else NOTHING
     value = field.default
     with suppress(EstLoraError):  # somebody has changed the text by hand

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from est_lora.config import FIELDS, Field
+from est_lora.config import FIELDS, FILES, Field
 from est_lora.errors import EstLoraError
 
 log = logging.getLogger(__name__)
@@ -16,7 +16,7 @@ _DRAW_MAP, _SAVE_MAP, _LOG = "est_lora_draw_map", "est_lora_save_map", "est_lora
 _LEVELS = {"warnings": logging.WARNING, "every fusion": logging.INFO, "every layer": logging.DEBUG}
 _STEP = 0.05
 
-KNOBS = tuple(field for field in FIELDS if field.key not in ("enabled", "subject", "style"))
+KNOBS = tuple(field for field in FIELDS if field.key not in ("enabled", *FILES))
 
 
 def register() -> None:

@@ -80,11 +80,16 @@ def _taus(sampler: str, scheduler: str | None, steps: int) -> tuple[list[float],
     return [clock.from_timestep(float(timestep), _TIMESTEPS) for timestep in timesteps], has_sigmas
 
 
+def has_list(sample: Any) -> bool:
+    """Whether a sampler's function is given its noise levels; else it chooses its own."""
+    return bool({"sigmas", "sigma_sched", "timesteps"} & inspect.signature(sample).parameters.keys())
+
+
 def _has_list(name: str, k_diffusion: Any) -> bool:
     for label, function, *_ in k_diffusion.samplers_k_diffusion:
         if label == name:
             named = function if callable(function) else getattr(k_diffusion.k_diffusion.sampling, function)
-            return bool({"sigmas", "sigma_sched"} & inspect.signature(named).parameters.keys())
+            return has_list(named)
     return True
 
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from est_lora import plot
 from tests.hosts.webui import loras
 from tests.hosts.webui.host import WebUI
 
@@ -53,6 +54,23 @@ def web(request, start):
 def web_xl(request, start):
     """Each host in turn, with a checkpoint of SDXL."""
     return start(request.param, "sdxl")
+
+
+@pytest.fixture
+def note_maps(monkeypatch):
+    """Notes of what a module draws maps, as it is drawn: (plan, marks)."""
+
+    def note(module):
+        drawn = []
+
+        def gate_map(plan, marks):
+            drawn.append((plan, marks))
+            return plot.gate_map(plan, marks)
+
+        monkeypatch.setattr(module, "gate_map", gate_map)
+        return drawn
+
+    return note
 
 
 @pytest.fixture

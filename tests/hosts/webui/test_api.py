@@ -16,7 +16,6 @@ from est_lora.gate import FusionPlan
 from est_lora.hosts.webui import api
 from est_lora.hosts.webui.steps import Sampling
 from est_lora.lora import LoraFile
-from est_lora.plot import gate_map
 from tests.hosts.webui.fakes import App, HTTPException, infotext_of, read_infotext
 from tests.hosts.webui.looks import PANEL
 
@@ -308,16 +307,9 @@ class TestPicture:
     """The plan as PNG."""
 
     @pytest.fixture
-    def drawn(self, monkeypatch):
+    def drawn(self, note_maps):
         """What was drawn."""
-        drawn = []
-
-        def note(plan, marks):
-            drawn.append((plan, marks))
-            return gate_map(plan, marks)
-
-        monkeypatch.setattr(api, "gate_map", note)
-        return drawn
+        return note_maps(api)
 
     def test_it_is_a_png(self, app):
         answer = app.get("/est-lora/v1/plan.png", **NAMED)

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from est_lora.config import FIELDS
+from est_lora.config import BY_KEY, FIELDS
 from est_lora.errors import EstLoraError
 from est_lora.hosts.webui import axes
 from tests.hosts.webui import fakes
@@ -18,7 +18,6 @@ from tests.hosts.webui.looks import PANEL, hooks, state_hash
 from tests.hosts.webui.loras import INK, KNIGHT, PAIR
 
 RANGE = re.compile(r"(\S+)-(\S+) \[(\d+)\]")
-BY_KEY = {field.key: field for field in FIELDS}
 
 
 class AxisOption:

@@ -8,11 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from est_lora.config import FIELDS, FusionConfig
+from est_lora.config import BY_KEY, FIELDS, FusionConfig
 from est_lora.errors import EstLoraError
 from est_lora.hosts.webui import panel
 
-BY_KEY = {field.key: field for field in FIELDS}
 NAMES = ["broken", "giant", "giantess", "ink", "knight", "stone", "twin", "wood"]
 
 

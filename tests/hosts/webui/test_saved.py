@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from est_lora.hosts.webui import saved
-from est_lora.plot import gate_map
 from tests.hosts.webui.host import Processing
 from tests.hosts.webui.loras import PAIR
 
@@ -28,16 +27,9 @@ def save(web, tmp_path):
 
 
 @pytest.fixture
-def drawn(monkeypatch):
+def drawn(note_maps):
     """What maps were drawn of."""
-    drawn = []
-
-    def note(plan, taus):
-        drawn.append((plan, taus))
-        return gate_map(plan, taus)
-
-    monkeypatch.setattr(saved, "gate_map", note)
-    return drawn
+    return note_maps(saved)
 
 
 def test_it_is_a_picture_beside_the_picture(save, tmp_path):
