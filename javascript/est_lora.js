@@ -99,6 +99,23 @@
         if (first) moveTo(first);
     });
 
+    // -- the panel: when its map is drawn
+
+    // Waits until the panel of a tab is seen. Of several who wait only the last goes on, for all of them.
+    const waiting = {};
+    window.estLoraSeen = (tab) => {
+        const part = document.querySelector(`#script_${tab}_estlora_lean`);
+        waiting[tab]?.disconnect();
+        return new Promise((goOn) => {
+            waiting[tab] = new ResizeObserver(() => {
+                if (!part.offsetParent) return;
+                waiting[tab].disconnect();
+                goOn([]);
+            });
+            waiting[tab].observe(part);
+        });
+    };
+
     // -- the panel: what gradio leaves without a name or out of the keyboard's reach
 
     const label = (part) => part?.querySelector("[data-testid=block-info]")?.textContent.trim() ?? "";

@@ -162,8 +162,8 @@ class Panel:
             return
         self._is_wired = True
         knobs = [self.knobs[key] for key in KNOBS]
-        for component in (*knobs, *page[1:]):
-            self._redraw(component.change, page)
+        for event in _together([component.change for component in (*knobs, *page[1:])]):
+            self._redraw(event, page)
         inserted = self._insert.click(
             fn=_answering(_insert, 1), inputs=[page[0], *knobs], outputs=[page[0], self._said], show_progress=False
         )
@@ -180,7 +180,8 @@ class Panel:
         """Has an event redraw the cards and the map.
 
         Gradio 3 drops an event while the one before is being answered. So the first answer is only a pause; after it
-        the map is drawn, and once more if anything has changed meanwhile: what is read last is what is there.
+        the map is drawn, and once more if anything has changed meanwhile: what is read last is what is there. Nothing
+        is asked while the panel is folded: gradio reports changes while it loads a page, and every answer costs time.
         """
         drawing = {
             "fn": functools.partial(_draw, self._preview),
@@ -188,7 +189,17 @@ class Panel:
             "outputs": [self._cards, self._map],
             **_AT_ONCE,
         }
-        event(fn=_pause, inputs=[], outputs=[], **_AT_ONCE).then(**drawing).then(**drawing)
+        seen = f"() => window.estLoraSeen ? estLoraSeen('{self._tab}') : []"
+        event(fn=_pause, _js=seen, inputs=[], outputs=[], **_AT_ONCE).then(**drawing).then(**drawing)
+
+
+def _together(changes: list[Callable[..., Any]]) -> list[Callable[..., Any]]:
+    """The changes as one event where gradio can have that: each event costs time whenever the page is loaded."""
+    import gradio as gr
+
+    if not hasattr(gr, "on"):
+        return changes
+    return [lambda _js, **how: gr.on(changes, js=_js, **how)]
 
 
 class _Drawing:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import struct
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -292,24 +293,31 @@ class Component(SimpleNamespace):
         return self is other
 
     def change(self, **event: Any) -> Event:
-        return Event(self.events.setdefault("change", []), event)
+        return Event([self.events.setdefault("change", [])], event)
 
     def click(self, **event: Any) -> Event:
-        return Event(self.events.setdefault("click", []), event)
+        return Event([self.events.setdefault("click", [])], event)
 
 
 class Event:
-    """Something that happens, and what happens after it."""
+    """Something that happens, here or in several places, and what happens after it."""
 
-    def __init__(self, chain: list[dict[str, Any]], event: dict[str, Any]) -> None:
-        self._chain = chain
-        chain.append(event)
+    def __init__(self, chains: list[list[dict[str, Any]]], event: dict[str, Any]) -> None:
+        self._chains = chains
+        for chain in chains:
+            chain.append(event)
 
     def then(self, **event: Any) -> Event:
-        return Event(self._chain, event)
+        return Event(self._chains, event)
 
 
-def gradio_module(built: list[Any]) -> ModuleType:
+def on(triggers: Sequence[Any], *, js: str, **event: Any) -> Event:
+    """One event for several triggers."""
+    chains = [trigger.__self__.events.setdefault(trigger.__name__, []) for trigger in triggers]
+    return Event(chains, {"_js": js, **event})
+
+
+def gradio_module(built: list[Any], is_4: bool) -> ModuleType:
     """Components of one page."""
     fake = ModuleType("gradio")
 
@@ -328,6 +336,8 @@ def gradio_module(built: list[Any]) -> ModuleType:
     for kind in ("Dropdown", "Slider", "Textbox", "Markdown", "Radio", "HTML", "Button", "State", "Checkbox"):
         setattr(fake, kind, component(kind))
     fake.Row = fake.Accordion = layout
+    if is_4:
+        fake.on = on
     fake.update = lambda **changes: {"__type__": "update", **changes}
     fake.Context = SimpleNamespace(root_block=SimpleNamespace(blocks={}))
     return fake

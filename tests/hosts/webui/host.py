@@ -99,7 +99,7 @@ class WebUI:
         samplers.setup_img2img_steps = fakes.setup_img2img_steps
         common, components = ModuleType("modules.ui_common"), ModuleType("modules.ui_components")
         common.create_refresh_button = self._refresh_button
-        gradio = fakes.gradio_module(self.components)
+        gradio = fakes.gradio_module(self.components, is_4=self.is_forge)
         components.InputAccordion = fakes.accordion(gradio, self.components)
         fastapi, paths = ModuleType("fastapi"), ModuleType("modules.paths")
         fastapi.HTTPException, fastapi.Request = fakes.HTTPException, SimpleNamespace

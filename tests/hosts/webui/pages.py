@@ -74,7 +74,7 @@ class Page:
     def _run(self, chain: list[dict[str, Any]], picked: str | None = None) -> None:
         for event in chain:
             given = [part.value for part in event["inputs"]]
-            if "_js" in event:
+            if event.get("_js") == "estLoraPicked":
                 given[0] = picked
             answer = event["fn"](*given)
             outputs = event["outputs"]
