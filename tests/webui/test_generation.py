@@ -46,7 +46,7 @@ def test_tag_and_api_are_one(webui, family):
     assert {key: kept[key] for key in kept if "LoRA" in key} == {
         key: value for key, value in told["extra_generation_params"].items() if "LoRA" in key
     }
-    listed = [True, subject, style, 0.8, 1.1, 0.4, -0.2, "est"]
+    listed = [True, subject, style, 0.8, 1.1, 0.4, 1.5, -0.2, "energy"]
     shorter = est(subject, style, subject_weight=0.8, style_weight=1.1, beta=0.4, lean=-0.2)
     assert furthest(webui.picture(est=listed), webui.picture(est=shorter)) == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,13 @@ def test_the_map_follows_what_is_chosen(page, chosen, shoot):
     page.set("method", "sum")
     page.until(lambda: "use both throughout" in page.text("map"), "the map is of the sum")
     shoot("advanced")
+
+
+def test_a_folded_panel_asks_for_no_map(page):
+    time.sleep(2)  # the page reports changes of every knob while it loads
+    assert not page.text("map")
+    page.unfold()
+    page.until(lambda: "Choose a subject and a style" in page.text("map"), "it is drawn")
 
 
 def test_what_is_wrong_is_said_in_the_panel(page, chosen):
