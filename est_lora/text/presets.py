@@ -1,48 +1,40 @@
 """Presets: named sets of knobs in one JSON file, which several processes share and people may edit by hand.
 
-    {"version": 1, "presets": {"ink knight": {"subject_weight": 1.0, "beta": "auto", ...}}}
-
-A writer holds a lock, writes beside the file and puts the whole in its place, so readers need no lock.
+{"version": 1, "presets": {"ink knight": {"subject_weight": 1.0, "beta": "auto", ...}}}
 """
 
 from __future__ import annotations
 
-import itertools
-import json
-import os
 import unicodedata
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from est_lora.config import FusionConfig
-from est_lora.errors import EstLoraError, nearest, quote, reason
+from est_lora.errors import EstLoraError, nearest, quote
+from est_lora.stored import Table
 
-_PATIENCE = 5.0  # seconds to wait for another writer
 _LONGEST_NAME = 64
 _NOT_IN_A_NAME = {"Cc", "Cs", "Zl", "Zp"}  # control characters, halves of characters, separators of lines
-_DAMAGE = (ValueError, RecursionError)  # all that can be wrong with a file that can be read
 
 
 class Presets:
-    """The presets in one file. Every method looks at it anew, and raises EstLoraError where it can't.
-
-    Attributes:
-        remarks: what the last look at the file left out or set aside, a sentence each.
-    """
+    """The presets in one file. Every method looks at it anew, and raises EstLoraError where it can't."""
 
     def __init__(self, path: Path) -> None:
-        self._path = Path(os.path.realpath(path))  # a link to the file stays a link: what it points to is replaced
-        self.remarks: list[str] = []
+        self._table = Table(path, "presets")
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the last look at the file left out or set aside, a sentence each."""
+        return self._table.remarks
 
     def names(self) -> list[str]:
         """The names of all presets, sorted without regard to case."""
-        return sorted(self._presets(), key=str.casefold)
+        return sorted(self._table.read(), key=str.casefold)
 
     def load(self, name: str) -> dict[str, object]:
         """The knobs that a preset sets, by their keys. Raises EstLoraError where there is none of that name."""
-        presets = self._presets()
+        presets = self._table.read()
         knobs = presets[_find(name, presets)]
         if not isinstance(knobs, dict):
             raise EstLoraError(f"The preset {quote(name)} isn't a set of knobs: save it anew or delete it.")
@@ -61,76 +53,14 @@ class Presets:
         nor a subject or style that isn't given.
         """
         name, config = _checked(name), FusionConfig.of(knobs)
-        with self._changing() as presets:
+        with self._table.changing() as presets:
             presets[name] = _kept(vars(config))
 
     def delete(self, name: str) -> None:
         """Removes a preset. Raises EstLoraError where there is none of that name."""
-        known = _find(name, self._presets())
-        with self._changing() as presets:
+        known = _find(name, self._table.read())
+        with self._table.changing() as presets:
             presets.pop(known, None)  # another process may have been faster
-
-    def _presets(self) -> dict[str, Any]:
-        try:
-            self.remarks = []
-            return _read(self._path)["presets"]  # type: ignore[no-any-return]
-        except OSError as error:
-            raise EstLoraError(f"{quote(self._path)} can't be read, see to its rights: {reason(error)}") from error
-        except _DAMAGE:
-            try:
-                with self._changing() as presets:  # which sets it aside
-                    return presets
-            except EstLoraError as error:
-                self.remarks.append(f"There are no presets, as their file is damaged: {error}")
-                return {}
-
-    @contextmanager
-    def _changing(self) -> Iterator[dict[str, Any]]:
-        """The presets; as the block leaves them they are written, unless it raises."""
-        from filelock import FileLock
-
-        try:
-            self.remarks = []
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{self._path}.lock", timeout=_PATIENCE):
-                content = self._read_or_set_aside()
-                yield content["presets"]
-                _write(self._path, content)
-        except (OSError, RecursionError) as error:
-            told = f"{quote(self._path)} can't be written, see to its folder's rights and room or try again"
-            raise EstLoraError(f"{told}: {reason(error)}") from error
-
-    def _read_or_set_aside(self) -> dict[str, Any]:
-        """What the file holds; only under the lock, lest a file be moved that another process has just mended."""
-        try:
-            return _read(self._path)
-        except _DAMAGE as damage:
-            numbered = (f"{self._path.stem}.damaged-{n}{self._path.suffix}" for n in itertools.count(1))
-            aside = next(path for path in map(self._path.with_name, numbered) if not os.path.lexists(path))
-            os.rename(self._path, aside)
-            told = f"{quote(self._path)} was damaged and is now called {quote(aside.name)}; presets begin anew"
-            self.remarks.append(f"{told}: {reason(damage)}")
-            return _read(self._path)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except FileNotFoundError:
-        content = {"presets": {}}
-    if not isinstance(content, dict) or not isinstance(content.get("presets"), dict):
-        raise EstLoraError('it isn\'t {"presets": {...}}')
-    return {"version": 1, **content}
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, ensure_ascii=False, indent=2)
-    part = path.with_name(f"{path.name}.part")
-    with open(part, "wb") as file:
-        file.write(text.encode("utf-8", "backslashreplace"))  # JSON spells half a character as Python does
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def _kept(knobs: Mapping[str, object]) -> dict[str, object]:

@@ -17,9 +17,9 @@ from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
+from est_lora import stored
 from est_lora.config import AUTO, BY_KEY, FIELDS, FusionConfig
 from est_lora.errors import EstLoraError
-from est_lora.text import presets as module
 from est_lora.text.presets import Presets
 
 ROOT = Path(__file__).parent.parent.parent
@@ -362,7 +362,7 @@ def test_a_link_stays_a_link(path, tmp_path):
 
 
 def test_a_lock_that_another_holds(path, monkeypatch, saver):
-    monkeypatch.setattr(module, "_PATIENCE", 0.2)
+    monkeypatch.setattr(stored, "PATIENCE", 0.2)
     Presets(path).save("ink", {})
     lock = "import sys, filelock; lock = filelock.FileLock(sys.argv[1] + '.lock'); lock.acquire()"
     holder = saver(path, "x", 0, f"{lock}\n{SAVES}")
