@@ -16,6 +16,7 @@ class EstLora(scripts.Script):
         """Once for each tab, when all scripts are loaded."""
         super().__init__()
         self.panel = webui.Panel()
+        self.measuring = webui.Measuring()
         webui.add_axes()
 
     def title(self):
@@ -37,6 +38,10 @@ class EstLora(scripts.Script):
     def process(self, p, *args):
         """A generation starts."""
         webui.begin(p, args)
+
+    def before_process_batch(self, p, *args, **kwargs):
+        """A batch is about to begin, its prompts not read yet."""
+        webui.before_batch(p, self)
 
     def after_extra_networks_activate(self, p, *args, extra_network_data=None, **kwargs):
         """The prompts of a batch, or of a second pass, have been read."""

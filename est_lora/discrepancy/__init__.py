@@ -9,7 +9,7 @@ after its last norm (EST-LoRA, arXiv 2508.02165).
 from est_lora.discrepancy.extractor import NAMES, Extractor, identity, open_extractor
 from est_lora.discrepancy.measure import discrepancy
 from est_lora.discrepancy.memory import Key, Measured, Memory, ProbeSettings
-from est_lora.discrepancy.prompts import probe_prompt, trigger_words
+from est_lora.discrepancy.prompts import bare, probe_prompt, trigger_words
 
 __all__ = [
     "NAMES",
@@ -18,6 +18,7 @@ __all__ = [
     "Measured",
     "Memory",
     "ProbeSettings",
+    "bare",
     "discrepancy",
     "identity",
     "open_extractor",

@@ -25,6 +25,9 @@ _DIGITS = 16  # of a digest, in hex: enough for billions of pairs
 _BOUNDS = {"seed": (0, 2**64 - 1), "side": (64, 2048), "steps": (1, 150)}
 
 
+_USUAL_STEPS = 14
+
+
 @dataclass(frozen=True)
 class ProbeSettings:
     """How the two probe pictures are drawn; the same for both.
@@ -44,6 +47,11 @@ class ProbeSettings:
     steps: int
     sampler: str
     guidance: float
+
+    @classmethod
+    def usual(cls, native: int) -> ProbeSettings:
+        """What is taken where the user has no other wish, for a model that is made for a side of `native` pixels."""
+        return cls(seed=0, side=native // 2, steps=_USUAL_STEPS, sampler="Euler", guidance=7.0)
 
     def __post_init__(self) -> None:
         for name, (low, high) in _BOUNDS.items():

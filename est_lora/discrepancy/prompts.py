@@ -36,7 +36,12 @@ def probe_prompt(subject: str | Path, style: str | Path, prompt: str) -> str:
     bring in networks.
     """
     words = [trigger_words(subject), trigger_words(style)]
-    return ", ".join(_once(_pieces(", ".join(words))) if all(words) else _pieces(prompt))
+    return ", ".join(_once(_pieces(", ".join(words)))) if all(words) else bare(prompt)
+
+
+def bare(prompt: str) -> str:
+    """A prompt without the tags in `<...>`, in one line."""
+    return ", ".join(_pieces(prompt))
 
 
 def _of_the_card(path: str | Path) -> str:

@@ -46,7 +46,13 @@ def webui(request, started):
             )
         running = Running(request.config.getoption("--webui"), Path(folder), has_probe=False)
         running.has_probe = "est-lora probe" in running.api.get_scripts()["txt2img"]
-    yield running
+    from tests.webui.settings import settings
+
+    if running.api.get_cmd_flags().get("nowebui"):
+        yield running
+    else:
+        with settings(running, beta="0.5"):  # what measures, says so
+            yield running
     running.tidy_up()
 
 

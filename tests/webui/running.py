@@ -35,6 +35,7 @@ class Running:
     Attributes:
         folder: where it is installed.
         has_probe: whether it has the tests' own extension, which looks into it from inside.
+        settings: those of our page that have been set, by their keys.
     """
 
     def __init__(self, address: str, folder: Path, *, has_probe: bool) -> None:
@@ -45,6 +46,7 @@ class Running:
         self.api.session.headers["Connection"] = "close"  # after an error the host closes it without a word
         self.is_forge = (folder / "backend").is_dir() or (folder / "ldm_patched").is_dir()
         self.seconds = 0.0
+        self.settings: dict[str, object] = {}
         self._family = ""
 
     @property

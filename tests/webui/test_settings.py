@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import io
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.webui.pictures import est, pair
+from tests.webui.settings import settings
 
 SAVED = {"save_images": True, "override_settings": {"samples_save": True}}
-DEFAULTS = {"lean": 0.0, "save_map": False}
 
 
-@contextmanager
-def setting(webui, key, value):
-    """One setting, until the block ends. The hosts' API sets those of extensions, and doesn't tell them."""
+@pytest.fixture(autouse=True)
+def page_of_settings(webui):
     if webui.api.get_cmd_flags().get("nowebui"):
         pytest.skip("a WebUI without a page has no page of settings")
-    webui.api.set_options({f"est_lora_{key}": value})
-    try:
-        yield
-    finally:
-        webui.api.set_options({f"est_lora_{key}": DEFAULTS[key]})
 
 
 def test_a_setting_counts_where_nobody_says_otherwise(webui, sd15):
     names = pair(webui)
     given = webui.picture(est=est(*names, lean=-0.5))
     said = webui.picture(est=est(*names, lean=0.5))
-    with setting(webui, "lean", -0.5):
+    with settings(webui, lean=-0.5):
         assert np.array_equal(webui.picture(est=est(*names)), given)
         assert np.array_equal(webui.picture(f"a red cat <est:{':'.join(names)}>"), given)
         assert np.array_equal(webui.picture(est=est(*names, lean=0.5)), said)
@@ -48,7 +41,7 @@ def test_the_map_is_saved_beside_the_picture(webui, sd15):
     before = maps()
     webui.picture(est=est(*names), **SAVED)
     assert maps() == before
-    with setting(webui, "save_map", True):
+    with settings(webui, save_map=True):
         webui.picture(**SAVED)
         assert maps() == before
         webui.picture(est=est(*names), **SAVED)

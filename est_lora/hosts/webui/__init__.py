@@ -7,10 +7,21 @@ from typing import Any
 from est_lora.hosts.webui import api, panel, paste, settings, tags
 from est_lora.hosts.webui.axes import add as add_axes
 from est_lora.hosts.webui.job import Job
+from est_lora.hosts.webui.measuring import Measuring
 from est_lora.hosts.webui.panel import TITLE, Panel
 from est_lora.hosts.webui.saved import save_map
 
-__all__ = ["TITLE", "Panel", "add_axes", "before_sampling", "begin", "prompts_read", "register"]
+__all__ = [
+    "TITLE",
+    "Measuring",
+    "Panel",
+    "add_axes",
+    "before_batch",
+    "before_sampling",
+    "begin",
+    "prompts_read",
+    "register",
+]
 
 _ATTRIBUTE = "est_lora"
 
@@ -32,6 +43,11 @@ def begin(p: Any, arguments: tuple[object, ...]) -> None:
     if isinstance(job := getattr(p, _ATTRIBUTE, None), Job):
         job.release()
     setattr(p, _ATTRIBUTE, Job(p, panel.read(arguments)))
+
+
+def before_batch(p: Any, script: Any) -> None:
+    """A batch is about to begin: `script`, which has a `Measuring`, may draw first what is to be measured."""
+    _job(p).measure(script.measuring, script)
 
 
 def prompts_read(p: Any, found: Any) -> None:

@@ -35,6 +35,11 @@ def refuse(p: Any, why: str) -> None:
     p.extra_generation_params[_OFF] = why
 
 
+def refused(p: Any) -> str:
+    """Why there was no fusion, though one was asked for; empty where there was."""
+    return str(p.extra_generation_params.get(_OFF, ""))
+
+
 def clear(p: Any) -> None:
     """Takes out what was written for an earlier batch of the same job."""
     for key in (_VERSION, _OFF, *_INFOTEXT.values()):

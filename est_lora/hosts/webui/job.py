@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from est_lora import report
-from est_lora.config import FusionConfig
+from est_lora.config import AUTO, FusionConfig
 from est_lora.errors import EstLoraError, quote
 from est_lora.fusion import FusionSession, remove_branches
 from est_lora.gate import FusionPlan
@@ -24,6 +24,8 @@ from est_lora.hosts.webui.a1111 import A1111Host
 from est_lora.hosts.webui.forge import ForgeHost
 from est_lora.hosts.webui.host import Host, progress, step_starts, unwrapped_model
 from est_lora.hosts.webui.loras import LoraList
+from est_lora.hosts.webui.measuring import Measuring, key_of, memory
+from est_lora.hosts.webui.probes import Stopped
 from est_lora.text import tag
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ log = logging.getLogger(__name__)
 # The tags of a prompt are part of what the host remembers an encoded prompt by; this is what we add to them.
 _ENCODED_WITH = "est-lora text encoders"
 _RESTORES = "est_lora_restores"
+_UNMEASURED = "For beta 0.5 is taken."
 _REFINED = "The refiner drew its part without EST-LoRA: a plan is made for one checkpoint."
 
 
@@ -74,8 +77,37 @@ class Job:
         self._second_pass = False
         self._fusion: Fusion | None = None
         self._plans: dict[tuple[object, ...], FusionPlan] = {}
+        self._discrepancies: dict[tuple[str, str], float | None] = {}
         self._text = ExitStack()
         self._sampling = ExitStack()
+
+    def measure(self, measuring: Measuring, script: Any) -> None:
+        """The prompts of a batch are about to be read: other pictures may go first, if the discrepancy isn't known."""
+        p = self._p
+        try:
+            config = self._expected()
+        except EstLoraError:  # said when they have been read
+            return
+        if config is None or config.beta != AUTO or config.method != "est":
+            return
+        loras = LoraList()
+        try:
+            subject, style = (loras.find(name) for name in config.pair())
+        except EstLoraError:
+            return
+        found: float | None = None
+        try:
+            found = measuring.of(p, script, subject, style)
+        except Stopped:
+            pass
+        except EstLoraError as error:
+            self.say(f"{error} {_UNMEASURED}")
+        except Exception as error:
+            log.error("The style discrepancy can't be measured.", exc_info=error)
+            self.say(
+                f"The style discrepancy can't be measured ({type(error).__name__}; the log has more). {_UNMEASURED}"
+            )
+        self._discrepancies[subject.filename, style.filename] = found
 
     def prepare(self, *, second_pass: bool = False) -> None:
         """The prompts of a batch, or of a hires fix's second pass, have been read.
@@ -196,6 +228,23 @@ class Job:
                 )
             )
 
+    def _expected(self) -> FusionConfig | None:
+        """What the prompts of the batch will ask for, before the host has read them."""
+        p = self._p
+        tagged = {} if p.disable_extra_networks else request.of_tags(tag.find(p.prompts[0] if p.prompts else ""))
+        knobs = request.combined(self._given, tagged, axes.chosen(p))
+        config = FusionConfig.of(knobs) if knobs else None
+        return config if config is not None and config.enabled else None
+
+    def _discrepancy(self, host: Host, subject: Any, style: Any) -> float | None:
+        """As it was measured for this job, or as it is remembered: a second pass may have a pair of its own."""
+        pair = (subject.filename, style.filename)
+        if pair not in self._discrepancies:
+            with suppress(EstLoraError):
+                key = key_of(host.sd_model, subject, style, self._p.prompts[0])
+                self._discrepancies[pair] = memory().find(key)
+        return self._discrepancies.get(pair)
+
     def _fusion_of(self, config: FusionConfig) -> Fusion:
         host = host_of(self._p)
         loras = LoraList()
@@ -207,10 +256,11 @@ class Job:
             )
         if host.obstacle:
             raise EstLoraError(host.obstacle)
-        key = (config, subject.filename, style.filename, id(host.sd_model), id(host.checkpoint))
+        discrepancy = self._discrepancy(host, subject, style) if config.beta == AUTO else None
+        key = (config, discrepancy, subject.filename, style.filename, id(host.sd_model), id(host.checkpoint))
         if key not in self._plans:
             files = (host.read(entry.filename) for entry in (subject, style))
-            self._plans[key] = FusionPlan.of(*files, config)
+            self._plans[key] = FusionPlan.of(*files, config, discrepancy)
         for entry in (subject, style):
             entry.read_hash()
         return Fusion(host, self._plans[key], subject, style)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from est_lora.config import BY_KEY, FIELDS, FILES, FusionConfig
+from est_lora.config import AUTO, BY_KEY, FIELDS, FILES, FusionConfig
 from est_lora.errors import EstLoraError
-from est_lora.hosts.webui import request, settings
+from est_lora.hosts.webui import measuring, request, settings
 from est_lora.hosts.webui.loras import LoraList
 from est_lora.hosts.webui.paste import NOTHING, Pasted, shown
-from est_lora.hosts.webui.preview import Drawn, Preview, cards, say
+from est_lora.hosts.webui.preview import Drawn, Preview, cards, measured, say
 from est_lora.hosts.webui.steps import Sampling
 from est_lora.text import tag
 from est_lora.text.presets import Presets
@@ -38,6 +38,8 @@ _OF_IMG2IMG = ("denoising_strength",)
 _BUTTONS = ["est-lora-buttons"]
 _PAUSE_S = 0.1
 _AT_ONCE = {"show_progress": False, "queue": False}  # pictures may be waiting in the queue
+_MEASURED, _FIXED = "measured", "fixed"
+_STEP, _UNMEASURED = 0.01, 0.5
 _EXCHANGED = (FILES, ("subject_weight", "style_weight"), ("subject_te", "style_te"))
 
 
@@ -60,6 +62,7 @@ class Panel:
         from modules.ui_components import InputAccordion
 
         self._is_wired = False
+        self._script = script
         self._tab = "img2img" if script.is_img2img else "txt2img"
         draw = _Drawing(gr, script, settings.defaults())
         with InputAccordion(value=False, label=TITLE, elem_id=script.elem_id("enabled")) as enabled:
@@ -76,7 +79,7 @@ class Panel:
             self.knobs["lean"] = draw.knob("lean")
             with gr.Row():
                 self.knobs |= {key: draw.knob(key) for key in ("subject_weight", "style_weight")}
-            self.knobs["beta"] = draw.knob("beta")
+            self._draw_discrepancy(draw)
             self._map = gr.HTML(say(why_none, is_error=True), elem_id=script.elem_id("map"))
             with gr.Accordion("Advanced", open=False, elem_id=script.elem_id("advanced")):
                 for row in _FOLDED:
@@ -109,6 +112,38 @@ class Panel:
             create_refresh_button([self.knobs[key] for key in FILES], _refresh, _choices, draw.id("refresh"))
         self._cards = draw.gr.HTML("", elem_id=draw.id("cards"))
 
+    def _draw_discrepancy(self, draw: _Drawing) -> None:
+        """Measured, or a number; the knob itself is a text out of sight, which all that sets knobs sets too."""
+        field, value = BY_KEY["beta"], draw.default("beta")
+        with draw.gr.Row():
+            self._kind = draw.own(
+                draw.gr.Radio(
+                    choices=[_MEASURED, _FIXED],
+                    value=_kind(value),
+                    label=field.label,
+                    info=field.help,
+                    elem_id=draw.id("beta_kind"),
+                )
+            )
+            self._number = draw.own(
+                draw.gr.Slider(
+                    minimum=field.low,
+                    maximum=field.high,
+                    step=_STEP,
+                    value=_number(value),
+                    label="Style discrepancy, fixed",
+                    visible=_kind(value) == _FIXED,
+                    elem_id=draw.id("beta_number"),
+                )
+            )
+        self.knobs["beta"] = draw.knob("beta", hidden=True)
+        self._known = draw.gr.HTML("", elem_id=draw.id("known"))
+        with draw.gr.Row(elem_classes=_BUTTONS):
+            self._measure = draw.button(
+                "Measure now", "Draws both LoRAs' pictures, again if they have been drawn, and compares them"
+            )
+            self._cancel = draw.button("Cancel", "Ends the measuring")
+
     def _draw_presets(self, draw: _Drawing) -> None:
         with draw.gr.Row(elem_classes=_BUTTONS):
             self._preset = draw.own(
@@ -139,6 +174,11 @@ class Panel:
         self._load.click(
             fn=_answering(_load, len(KNOBS)), inputs=[self._preset], outputs=[*knobs, self._said], show_progress=False
         )
+        kind, number, beta = self._kind, self._number, self.knobs["beta"]
+        for chosen in (kind.input, number.release):
+            chosen(fn=_beta, inputs=[kind, number], outputs=[beta, number], **_AT_ONCE)
+        beta.change(fn=_told, inputs=[beta], outputs=[kind, number], **_AT_ONCE)
+        self._cancel.click(fn=measuring.cancel, inputs=[], outputs=[], **_AT_ONCE)
         # The cards of the extra networks press these; the page's script knows which card it was.
         dummy = draw.gr.Textbox(visible=False)
         for key, other in (FILES, FILES[::-1]):
@@ -168,6 +208,13 @@ class Panel:
             fn=_answering(_insert, 1), inputs=[page[0], *knobs], outputs=[page[0], self._said], show_progress=False
         )
         self._redraw(inserted.then, page)
+        measured = self._measure.click(
+            fn=functools.partial(_measure, self._script),
+            inputs=[self._drawn, page[0], *knobs],
+            outputs=[self._said],
+            show_progress=False,
+        )
+        self._redraw(measured.then, page)
         read = self._read.click(
             fn=_answering(_read, len(KNOBS) + 1),
             inputs=[page[0]],
@@ -186,7 +233,7 @@ class Panel:
         drawing = {
             "fn": functools.partial(_draw, self._preview),
             "inputs": [self._drawn, *(self.knobs[key] for key in KNOBS), *page],
-            "outputs": [self._cards, self._map],
+            "outputs": [self._cards, self._known, self._map],
             **_AT_ONCE,
         }
         seen = f"() => window.estLoraSeen ? estLoraSeen('{self._tab}') : []"
@@ -218,17 +265,20 @@ class _Drawing:
         component.do_not_save_to_config = True
         return component
 
-    def knob(self, key: str) -> Any:
+    def default(self, key: str) -> Any:
+        """What a knob begins with."""
+        return shown(BY_KEY[key], self._defaults[key])
+
+    def knob(self, key: str, *, hidden: bool = False) -> Any:
         field = BY_KEY[key]
         kind, arguments = settings.component(field)
-        about = f"{field.help}; {field.range}" if field.auto else field.help
-        value = shown(field, self._defaults[key])
         made = getattr(self.gr, kind)(
-            value=value,
+            value=self.default(key),
             label=field.label,
-            info=about,
+            info=field.help,
             elem_id=self.id(key),
-            elem_classes=["est-lora-knob"],  # by it the page's script knows which keys a tag may have
+            # By the first the page's script knows which keys a tag may have.
+            elem_classes=["est-lora-knob", *(["est-lora-hidden"] if hidden else [])],
             **arguments,
         )
         return self.own(made)
@@ -373,6 +423,57 @@ def _preset_names() -> list[str]:
         return []
 
 
+# -- the style discrepancy
+
+
+def _kind(beta: str) -> str:
+    return _MEASURED if beta == AUTO else _FIXED
+
+
+def _number(beta: str) -> float:
+    """The number that a text says; what it would be unmeasured, where it says none."""
+    try:
+        number = BY_KEY["beta"].parse(beta)
+    except EstLoraError:  # said beside the map
+        return _UNMEASURED
+    return number if isinstance(number, float) else _UNMEASURED
+
+
+def _beta(kind: str, number: float | None) -> list[Any]:
+    """What the user has set, as the knob's text."""
+    import gradio as gr
+
+    is_fixed = kind == _FIXED
+    return [BY_KEY["beta"].text(float(number or 0)) if is_fixed else AUTO, gr.update(visible=is_fixed)]
+
+
+def _told(beta: str) -> list[Any]:
+    """What something else has set, as the user sees it."""
+    import gradio as gr
+
+    is_fixed = _kind(beta) == _FIXED
+    return [_kind(beta), gr.update(visible=is_fixed, value=_number(beta)) if is_fixed else gr.update(visible=False)]
+
+
+def _measure(script: Any, drawn: Drawn, prompt: str, *values: Any) -> Iterator[str]:
+    """Measures the pair of the panel, or of the tag that goes before it, and tells how it goes."""
+    yield say("Two small pictures are drawn, when what is being drawn has ended ...")
+    try:
+        knobs = request.combined(read([True, *values[1:]]), request.of_tags(tag.find(prompt or "")))
+        loras = LoraList()
+        entries = [loras.find(name) for name in FusionConfig.of(knobs).pair()]
+        found = measuring.measure_now(script, *entries, prompt or "")
+    except EstLoraError as error:
+        yield say(str(error), is_error=True)
+        return
+    except Exception as error:
+        log.exception("EST-LoRA failed.")
+        yield say(f"EST-LoRA failed ({type(error).__name__}); the log has more.", is_error=True)
+        return
+    drawn.values = ()  # what is drawn of the same knobs isn't the same any more
+    yield say("It wasn't measured." if found is None else f"The style discrepancy is {found:.3g}.")
+
+
 def _pause() -> None:
     time.sleep(_PAUSE_S)
 
@@ -382,7 +483,7 @@ def _draw(preview: Preview, drawn: Drawn, *values: Any) -> list[Any]:
     import gradio as gr
 
     if values == drawn.values:
-        return [gr.update(), gr.update()]
+        return [gr.update()] * 3
     drawn.values = values
     knobs, (prompt, sampler, scheduler, steps, *strength) = values[: len(KNOBS)], values[len(KNOBS) :]
     try:
@@ -391,10 +492,11 @@ def _draw(preview: Preview, drawn: Drawn, *values: Any) -> list[Any]:
         asked = read(knobs) if tagged else read([True, *knobs[1:]])
         asked = request.combined(asked, tagged)
     except EstLoraError as error:
-        return ["", say(str(error), is_error=True)]
+        return ["", "", say(str(error), is_error=True)]
     said = say("The tag in the prompt goes before this panel.") if tagged else ""
     sampling = Sampling(sampler, scheduler, int(steps or 0), *strength)
-    return [cards([asked.get(key) for key in FILES]), said + preview.draw(asked, sampling)]
+    known = measured(asked, prompt or "")
+    return [cards([asked.get(key) for key in FILES]), known, said + preview.draw(asked, sampling, prompt or "")]
 
 
 def _lora_list() -> tuple[list[str], str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import logging
 from collections import OrderedDict
@@ -11,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from est_lora import report
-from est_lora.config import FusionConfig
+from est_lora.config import AUTO, FILES, FusionConfig
 from est_lora.errors import EstLoraError
 from est_lora.gate import FusionPlan
 from est_lora.hosts.webui import settings
 from est_lora.hosts.webui.loras import LoraList
+from est_lora.hosts.webui.measuring import known
 from est_lora.hosts.webui.steps import Sampling
 from est_lora.lora import LoraFile
 from est_lora.plot import gate_map_svg
@@ -38,23 +40,25 @@ class Preview:
     def __init__(self) -> None:
         self._files: OrderedDict[tuple[object, ...], LoraFile] = OrderedDict()
 
-    def plan(self, knobs: Mapping[str, object]) -> FusionPlan:
-        """What will happen.
+    def plan(self, knobs: Mapping[str, object], prompt: str = "") -> FusionPlan:
+        """What will happen, as far as it is known: a style discrepancy may have been measured with `prompt`.
 
         Raises:
             EstLoraError: a knob or a file can't be used.
         """
         config = FusionConfig.of(knobs)
         loras = LoraList()
-        subject, style = (self._file(loras.find(name, look_again=False).filename) for name in config.pair())
-        return FusionPlan.of(subject, style, config)
+        entries = [loras.find(name, look_again=False) for name in config.pair()]
+        found = known(*entries, prompt) if config.beta == AUTO else None
+        subject, style = (self._file(entry.filename) for entry in entries)
+        return FusionPlan.of(subject, style, config, None if found is None else found.value)
 
-    def draw(self, knobs: Mapping[str, object], sampling: Sampling) -> str:
+    def draw(self, knobs: Mapping[str, object], sampling: Sampling, prompt: str = "") -> str:
         """The plan as HTML: a line in words, remarks, and the map; or the sentence that says why there is none."""
         if not knobs.get("subject") or not knobs.get("style"):
             return say("Choose a subject and a style: what each will do is drawn here.")
         try:
-            plan = self.plan(knobs)
+            plan = self.plan(knobs, prompt)
         except EstLoraError as error:
             return say(str(error), is_error=True)
         except Exception as error:
@@ -93,6 +97,28 @@ def cards(names: Sequence[str | None]) -> str:
                 f'<figure><img src="{html.escape(url)}" alt="{about}"><figcaption>{about}</figcaption></figure>'
             )
     return f'<div class="est-lora-cards">{"".join(drawn)}</div>' if drawn else ""
+
+
+def measured(knobs: Mapping[str, object], prompt: str) -> str:
+    """The style discrepancy of a pair and the pictures that it was measured on, as HTML; empty where it doesn't count."""
+    names = [knobs.get(role) for role in FILES]
+    if not all(names) or knobs.get("beta") != AUTO or knobs.get("method") != "est":
+        return ""
+    try:
+        loras = LoraList()
+        found = known(*(loras.find(str(name), look_again=False) for name in names), prompt)
+    except EstLoraError:  # said with the map
+        return ""
+    if found is None:
+        return say("The first picture of this pair measures its style discrepancy; until then, 0.5 is drawn below.")
+    words = say(f"Style discrepancy {found.value:.3g}, measured on these pictures of each LoRA alone.")
+    try:
+        drawn = base64.b64encode(found.pictures.read_bytes()).decode() if found.pictures else ""
+    except OSError:
+        drawn = ""
+    about = html.escape(" and ".join(f"{role}: {name}" for role, name in zip(FILES, names)))
+    picture = f'<img src="data:image/png;base64,{drawn}" alt="{about}" title="{about}">' if drawn else ""
+    return f'<div class="est-lora-measured">{words}{picture}</div>'
 
 
 def say(sentence: str, *, is_error: bool = False) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from est_lora.config import FIELDS, FILES, Field
+from est_lora.discrepancy import NAMES, ProbeSettings
 from est_lora.errors import EstLoraError
 
 log = logging.getLogger(__name__)
@@ -15,6 +18,10 @@ _PREFIX = "est_lora_"
 _DRAW_MAP, _SAVE_MAP, _LOG = "est_lora_draw_map", "est_lora_save_map", "est_lora_log"
 _LEVELS = {"warnings": logging.WARNING, "every fusion": logging.INFO, "every layer": logging.DEBUG}
 _STEP = 0.05
+_EXTRACTOR, _FOLDER = "est_lora_extractor", "est_lora_extractor_folder"
+_PROBE = "est_lora_probe_"
+_PROMPTS = ("of the files' own words", "of each picture")
+_NATIVE, _NATIVE_XL = 512, 1024  # the side that models are made for, pixels
 
 KNOBS = tuple(field for field in FIELDS if field.key not in ("enabled", *FILES))
 
@@ -49,6 +56,30 @@ def saves_map() -> bool:
     return bool(_read(_SAVE_MAP, False))
 
 
+def extractor() -> tuple[str, Path | None]:
+    """What compares pictures: its name, and the folder of its weights where the user has named one."""
+    folder = str(_read(_FOLDER, "") or "").strip()
+    return str(_read(_EXTRACTOR, NAMES[0])), Path(folder).expanduser() if folder else None
+
+
+def probe(*, is_xl: bool) -> ProbeSettings:
+    """How the pictures are drawn that a style discrepancy is measured on.
+
+    Raises:
+        EstLoraError: a setting can't be used.
+    """
+    usual = ProbeSettings.usual(_NATIVE_XL if is_xl else _NATIVE)
+    numbers = {name: _whole(_PROBE + name, getattr(usual, name)) for name in ("seed", "side", "steps")}
+    sampler = str(_read(_PROBE + "sampler", usual.sampler))
+    guidance = _read(_PROBE + "guidance", usual.guidance)
+    return ProbeSettings(**{**numbers, "side": numbers["side"] or usual.side}, sampler=sampler, guidance=guidance)
+
+
+def draws_own_prompt() -> bool:
+    """Whether each picture's own prompt is measured with, whatever words the files name."""
+    return _read(_PROBE + "prompt", _PROMPTS[0]) == _PROMPTS[1]
+
+
 def component(field: Field) -> tuple[str, dict[str, Any]]:
     """The name of the gradio component that edits a knob, and its arguments."""
     if field.choices:
@@ -73,9 +104,29 @@ def _add() -> None:
         kind, arguments = component(field)
         default = field.text(field.default) if field.auto else field.default
         add(_PREFIX + field.key, default, field.label, getattr(gr, kind), arguments, field.help).needs_reload_ui()
+    _add_measuring(add)
     add(_DRAW_MAP, True, "Draw the gate map in the panel", gr.Checkbox, {})
     add(_SAVE_MAP, False, "Save the gate map beside each saved picture", gr.Checkbox, {}, "NAME-gate-map.png")
     add(_LOG, next(iter(_LEVELS)), "Log", gr.Radio, {"choices": list(_LEVELS)}).onchange = _set_log_level
+
+
+def _add_measuring(add: Callable[..., Any]) -> None:
+    import gradio as gr
+    from modules import sd_samplers
+
+    usual = ProbeSettings.usual(_NATIVE)
+    names = {"choices": [sampler.name for sampler in sd_samplers.all_samplers]}
+    add(_EXTRACTOR, NAMES[0], "Style discrepancy: compare pictures with", gr.Radio, {"choices": list(NAMES)})
+    weights = "DINO's are fetched when they are first needed (87 MB); CLIP needs a folder"
+    add(_FOLDER, "", "Style discrepancy: folder of its weights", gr.Textbox, {"max_lines": 1}, weights)
+    about = "half the side that the model is made for, where 0"
+    add(_PROBE + "side", 0, "Probe: side in pixels", gr.Slider, {"minimum": 0, "maximum": 1024, "step": 64}, about)
+    add(_PROBE + "steps", usual.steps, "Probe: steps", gr.Slider, {"minimum": 1, "maximum": 50, "step": 1})
+    add(_PROBE + "seed", usual.seed, "Probe: seed", gr.Number, {"precision": 0})
+    add(_PROBE + "sampler", usual.sampler, "Probe: sampler", gr.Dropdown, names)
+    add(_PROBE + "guidance", usual.guidance, "Probe: CFG scale", gr.Slider, {"minimum": 1, "maximum": 15, "step": 0.5})
+    about = "the words are the card's activation text, else the most frequent tags of the training"
+    add(_PROBE + "prompt", _PROMPTS[0], "Probe: prompt", gr.Radio, {"choices": list(_PROMPTS)}, about)
 
 
 def _set_log_level() -> None:
@@ -84,6 +135,12 @@ def _set_log_level() -> None:
     logger.setLevel(_LEVELS.get(str(_read(_LOG, "")), logging.WARNING))
     if not logger.hasHandlers():
         logger.addHandler(logging.StreamHandler())
+
+
+def _whole(key: str, default: int) -> Any:
+    """A whole number, which a page may have made 7.0 of; anything else as it is."""
+    value = _read(key, default)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _read(key: str, default: object) -> object:

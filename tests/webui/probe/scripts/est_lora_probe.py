@@ -15,11 +15,20 @@ import torch
 from modules import processing, scripts, shared
 from safetensors.torch import load_file
 
-_ASKED, _SEEN, _HOOKS = "_probe_asked", "_probe_seen", "_probe_hooks"
+_ASKED, _SEEN, _HOOKS, _COUNT = "_probe_asked", "_probe_seen", "_probe_hooks", "_probe_count"
+_STATE = ("job", "job_no", "job_count", "sampling_step", "sampling_steps", "textinfo", "id_live_preview")
+
+
+def state():
+    """What the host tells of the job."""
+    return {name: getattr(shared.state, name, None) for name in _STATE}
 
 
 class Probe(scripts.Script):
-    """`{"record", "hash", "raise_at", "interrupt_at", "skip_at", "nested", "reload", "reference"}`."""
+    """`{"record", "hash", "raise_at", "interrupt_at", "skip_at", "nested", "reload", "reference"}`.
+
+    `{"raise_in", "interrupt_in", "skip_in"}` count every call of the UNet since the job began, whoever makes it.
+    """
 
     def title(self):
         """Its name in the API."""
@@ -38,8 +47,28 @@ class Probe(scripts.Script):
     def process(self, p, *args):
         """Notes what is asked for."""
         setattr(p, _ASKED, args[0] if args and isinstance(args[0], dict) else {})
-        setattr(p, _SEEN, {"calls": [], "passes": []})
+        setattr(p, _SEEN, {"calls": [], "passes": [], "areas": [], "states": [state()]})
         setattr(p, _HOOKS, [])
+        if getattr(p, _ASKED):
+            self._count(p)
+
+    def process_batch(self, p, *args, **kwargs):
+        """Looks at what the host's progress bar is made of, when everything else has had its turn."""
+        getattr(p, _SEEN)["states"].append(state())
+
+    def _count(self, p):
+        asked, areas = getattr(p, _ASKED), getattr(p, _SEEN)["areas"]
+
+        def count(module, positional):
+            areas.append(positional[0].shape[2] * positional[0].shape[3])
+            if len(areas) == asked.get("raise_in"):
+                raise RuntimeError("the probe was told to fail here")
+            if len(areas) == asked.get("interrupt_in"):
+                shared.state.interrupt()
+            if len(areas) == asked.get("skip_in"):
+                shared.state.skip()
+
+        setattr(p, _COUNT, unet(p).register_forward_pre_hook(count))
 
     def process_before_every_sampling(self, p, *args, **kwargs):
         """Looks at each call of the UNet from outside."""
@@ -100,9 +129,12 @@ class Probe(scripts.Script):
         self._remove(p)
         if not asked:
             return
+        if p.iteration == p.n_iter - 1:
+            getattr(p, _COUNT).remove()
         model = unet(p)
         modules = [module for each in (model, *encoders(p)) for module in each.modules()]
         seen["hooks"] = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
+        seen["comments"] = [*p.comments]
         seen["sample_replaced"] = "sample" in vars(p)
         networks = sys.modules.get("networks")
         seen["networks"] = [net.name for net in getattr(networks, "loaded_networks", [])]
