@@ -194,5 +194,8 @@ def _checkpoint(info: Any) -> str:
 
 def _stamp(path: str) -> str:
     """For a host that is told not to hash files."""
-    stat = Path(path).stat()
+    try:
+        stat = Path(path).stat()
+    except OSError:  # it has been loaded, and is gone
+        return Path(path).name
     return f"{Path(path).name} {stat.st_size} {stat.st_mtime_ns}"

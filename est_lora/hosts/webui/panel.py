@@ -120,7 +120,7 @@ class Panel:
                 draw.gr.Radio(
                     choices=[_MEASURED, _FIXED],
                     value=_kind(value),
-                    label=field.label,
+                    label="Style discrepancy",
                     info=field.help,
                     elem_id=draw.id("beta_kind"),
                 )

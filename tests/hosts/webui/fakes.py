@@ -298,6 +298,12 @@ class Component(SimpleNamespace):
     def click(self, **event: Any) -> Event:
         return Event([self.events.setdefault("click", [])], event)
 
+    def input(self, **event: Any) -> Event:
+        return Event([self.events.setdefault("input", [])], event)
+
+    def release(self, **event: Any) -> Event:
+        return Event([self.events.setdefault("release", [])], event)
+
 
 class Event:
     """Something that happens, here or in several places, and what happens after it."""
@@ -333,7 +339,7 @@ def gradio_module(built: list[Any], is_4: bool) -> ModuleType:
     def layout(*args: Any, **knobs: Any):
         yield
 
-    for kind in ("Dropdown", "Slider", "Textbox", "Markdown", "Radio", "HTML", "Button", "State", "Checkbox"):
+    for kind in ("Dropdown", "Slider", "Textbox", "Markdown", "Radio", "HTML", "Button", "State", "Checkbox", "Number"):
         setattr(fake, kind, component(kind))
     fake.Row = fake.Accordion = layout
     if is_4:

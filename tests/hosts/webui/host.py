@@ -161,7 +161,7 @@ class WebUI:
         xl = family == "sdxl"
         unet = unet or UNet(kind, seed)
         first = Clip(kind, FIRST_WIDTH[family], seed + 1)
-        info = SimpleNamespace(name=f"model-{seed}", seed=seed, family=family)
+        info = SimpleNamespace(name=f"model-{seed}", sha256=f"{seed:064x}", seed=seed, family=family)
         if self.is_forge:
             model = _forge_model(unet, first, Clip(kind, SECOND_WIDTH, seed + 2) if xl else None, info)
         else:
@@ -284,6 +284,7 @@ class WebUI:
                 self.reload()
                 if self.is_forge:
                     self.sd_model.forge_objects = self.sd_model.forge_objects_original.shallow_copy()
+                p.prompts = [prompt]
                 self.tell("before_process_batch", p)
                 p.prompts, p.extra_network_data = parse_prompts([prompt])
                 if p.enable_hr:

@@ -175,6 +175,7 @@ def sampler_modules() -> list[ModuleType]:
     names = ("sd_models", "sd_samplers", "sd_samplers_kdiffusion", "sd_samplers_timesteps")
     models, samplers, sigmas, timesteps = (ModuleType(f"modules.{name}") for name in names)
     samplers.find_sampler_config = _CONFIGS.get
+    samplers.all_samplers = [*_CONFIGS.values()]
     sigmas.samplers_k_diffusion = [(name, function, [], options) for name, function, options in _SIGMA_SAMPLERS]
     sigmas.KDiffusionSampler = SigmaSampler
     sigmas.k_diffusion = SimpleNamespace(sampling=SimpleNamespace(euler=euler, heun=heun, adaptive=adaptive))

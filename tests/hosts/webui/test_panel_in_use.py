@@ -253,7 +253,7 @@ def test_an_error_is_a_sentence_and_changes_nothing(page, presets, values, words
     told, is_error = said(page)
     assert sentence in told
     assert is_error
-    told_of = {"said": "", "map": ""}
+    told_of = {"said": "", "map": "", "known": ""}
     assert page.values() | told_of == before | told_of
     assert presets.names() == []
 

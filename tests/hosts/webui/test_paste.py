@@ -65,7 +65,7 @@ def disk(web, tmp_path):
 @pytest.fixture
 def page(web, disk, monkeypatch):
     monkeypatch.setattr(panel, "_PAUSE_S", 0)
-    monkeypatch.setattr(panel, "_draw", lambda *args: ["", ""])
+    monkeypatch.setattr(panel, "_draw", lambda *args: [""] * 3)
     return Page(web)
 
 

@@ -7,6 +7,8 @@ import logging
 import pytest
 
 from est_lora.config import FIELDS
+from est_lora.discrepancy import NAMES, ProbeSettings
+from est_lora.errors import EstLoraError
 from est_lora.hosts.webui import settings
 
 OURS = {f"est_lora_{field.key}": field for field in FIELDS if field.key not in ("enabled", "subject", "style")}
@@ -34,7 +36,9 @@ def options(web, opts):
 
 
 def test_every_knob_but_the_pair_is_on_the_page(options):
-    assert list(options) == [*OURS, "est_lora_draw_map", "est_lora_save_map", "est_lora_log"]
+    house = ("est_lora_extractor", "est_lora_probe", "est_lora_draw_map", "est_lora_save_map", "est_lora_log")
+    assert list(options)[: len(OURS)] == list(OURS)
+    assert all(key.startswith(house) for key in list(options)[len(OURS) :])
     assert {option.section for option in options.values()} == {("est_lora", "EST-LoRA")}
     for key, field in OURS.items():
         assert options[key].label == field.label
@@ -126,3 +130,36 @@ def test_a_host_with_a_log_of_its_own_gets_none(opts, logger, monkeypatch):
     monkeypatch.setattr(logging.getLogger(), "handlers", [logging.NullHandler()])
     settings._set_log_level()
     assert not logger.handlers
+
+
+class TestMeasuring:
+    """How a style discrepancy is measured."""
+
+    @pytest.mark.parametrize(("is_xl", "native"), [(False, 512), (True, 1024)])
+    def test_the_page_begins_with_what_is_usual(self, opts, options, is_xl, native):
+        opts.data |= {key: option.default for key, option in options.items()}
+        assert settings.probe(is_xl=is_xl) == ProbeSettings.usual(native)
+        assert settings.extractor() == (NAMES[0], None)
+        assert not settings.draws_own_prompt()
+
+    @pytest.mark.parametrize(("key", "value"), [("seed", 7.0), ("side", 320), ("steps", 9), ("guidance", 1.5)])
+    def test_what_is_set_counts(self, opts, options, key, value):
+        opts.data[f"est_lora_probe_{key}"] = value
+        assert getattr(settings.probe(is_xl=True), key) == value
+        assert settings.probe(is_xl=True) != ProbeSettings.usual(1024)
+
+    @pytest.mark.parametrize(("key", "value"), [("seed", "x"), ("side", 3), ("steps", None), ("guidance", "much")])
+    def test_what_cannot_be_used_is_said(self, opts, options, key, value):
+        opts.data[f"est_lora_probe_{key}"] = value
+        with pytest.raises(EstLoraError, match=key):
+            settings.probe(is_xl=False)
+
+    def test_each_prompt_is_asked_for_by_a_word_that_can_be_chosen(self, opts, options):
+        first, second = options["est_lora_probe_prompt"].arguments["choices"]
+        opts.data["est_lora_probe_prompt"] = second
+        assert settings.draws_own_prompt()
+
+    def test_a_folder_may_be_at_home(self, opts, monkeypatch, tmp_path):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        opts.data |= {"est_lora_extractor": "clip", "est_lora_extractor_folder": " ~/clip "}
+        assert settings.extractor() == ("clip", tmp_path / "clip")
