@@ -10,7 +10,7 @@ DEFAULTS = {
     "save_map": False,
     "extractor_folder": "",
     "probe_side": 0,
-    "probe_steps": 14,
+    "probe_steps": 7,
     "probe_prompt": "of the files' own words",
 }
 

@@ -111,7 +111,9 @@ def measured(knobs: Mapping[str, object], prompt: str) -> str:
         return ""
     if found is None:
         return say("The first picture of this pair measures its style discrepancy; until then, 0.5 is drawn below.")
-    words = say(f"Style discrepancy {found.value:.3g}, measured on these pictures of each LoRA alone.")
+    words = say(
+        f"Style discrepancy {found.value:.3g}, measured on a picture with the subject alone (left) and one with the style alone."
+    )
     try:
         drawn = base64.b64encode(found.pictures.read_bytes()).decode() if found.pictures else ""
     except OSError:

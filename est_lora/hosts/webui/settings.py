@@ -119,7 +119,7 @@ def _add_measuring(add: Callable[..., Any]) -> None:
     add(_EXTRACTOR, NAMES[0], "Style discrepancy: compare pictures with", gr.Radio, {"choices": list(NAMES)})
     weights = "DINO's are fetched when they are first needed (87 MB); CLIP needs a folder"
     add(_FOLDER, "", "Style discrepancy: folder of its weights", gr.Textbox, {"max_lines": 1}, weights)
-    about = "half the side that the model is made for, where 0"
+    about = "0: what the model is made for, 512, with SDXL 1024"
     add(_PROBE + "side", 0, "Probe: side in pixels", gr.Slider, {"minimum": 0, "maximum": 1024, "step": 64}, about)
     add(_PROBE + "steps", usual.steps, "Probe: steps", gr.Slider, {"minimum": 1, "maximum": 50, "step": 1})
     add(_PROBE + "seed", usual.seed, "Probe: seed", gr.Number, {"precision": 0})

@@ -148,14 +148,16 @@ class TestMeasuring:
         assert getattr(settings.probe(is_xl=True), key) == value
         assert settings.probe(is_xl=True) != ProbeSettings.usual(1024)
 
-    @pytest.mark.parametrize(("key", "value"), [("seed", "x"), ("side", 3), ("steps", None), ("guidance", "much")])
+    @pytest.mark.parametrize(
+        ("key", "value"), [("seed", "x"), ("side", 3), ("side", 12), ("steps", None), ("guidance", "much")]
+    )
     def test_what_cannot_be_used_is_said(self, opts, options, key, value):
         opts.data[f"est_lora_probe_{key}"] = value
         with pytest.raises(EstLoraError, match=key):
             settings.probe(is_xl=False)
 
     def test_each_prompt_is_asked_for_by_a_word_that_can_be_chosen(self, opts, options):
-        first, second = options["est_lora_probe_prompt"].arguments["choices"]
+        _, second = options["est_lora_probe_prompt"].arguments["choices"]
         opts.data["est_lora_probe_prompt"] = second
         assert settings.draws_own_prompt()
 
