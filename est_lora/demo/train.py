@@ -4,6 +4,12 @@
     python -m est_lora.demo.train lora subject --base base -o subject.safetensors
     python -m est_lora.demo.train lora style --base base --steps 1000 --lr 1e-3 -o style.safetensors
 
+The LoRAs that only the study of the style discrepancy uses are called by their trigger words:
+
+    python -m est_lora.demo.train lora zubo --steps 700 --lr 1e-3 -o zubo.safetensors
+
+and so `teki`, `quen` and `osk`.
+
 The embedded weights were made by these commands; only the first half of the base's run differed, in details of its
 averaging and warm-up. Every batch is drawn from the seed and its own number, so a run that was interrupted goes on as if
 it hadn't been.
@@ -34,10 +40,12 @@ from tqdm import tqdm
 from est_lora.demo.model import UNKNOWN, load_pipeline, make_pipeline
 from est_lora.demo.world import (
     OBJECTS,
+    NEW_STYLES,
     RARE_WORDS,
     STYLE,
     STYLES,
     SUBJECT,
+    SUBJECTS,
     Scene,
     blur_caption,
     caption,
@@ -50,6 +58,10 @@ Batch = tuple[torch.Tensor, list[str]]
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 NO_CAPTION = 0.1
 """Share of pictures whose caption is left out, for classifier-free guidance."""
+
+
+LESSONS = {"subject": SUBJECT, "style": STYLE} | {new.split()[0]: new for new in (*SUBJECTS, *NEW_STYLES)}
+"""What `lora` can be told to teach: the demo's own pair, or any by its trigger word."""
 
 
 class World(Dataset[Batch]):
@@ -104,15 +116,16 @@ class Lesson(Dataset[Batch]):
         return torch.cat([self.pictures[chosen], pixels]), captions + texts
 
 
-def lesson(kind: str, seed: int, batch: int) -> Lesson:
-    """What a LoRA learns from: 20 pictures of the `subject`, or 30 of several objects in the `style`."""
+def lesson(what: str, seed: int, batch: int) -> Lesson:
+    """What a LoRA learns from: 20 pictures of a subject, or 30 of several objects in a style; `what` is in `LESSONS`."""
     rng = np.random.default_rng(seed)
-    if kind == "subject":
+    new = LESSONS[what]
+    if new in SUBJECTS:
         # Mostly flat, so that flat is how it looks when nothing is said.
-        scenes = [random_scene(rng, SUBJECT, style) for style in [STYLES[0]] * 14 + [*STYLES[1:]] * 2]
-        return Lesson(scenes, SUBJECT.split()[0], seed, batch)
-    scenes = [random_scene(rng, thing, STYLE) for thing in [*OBJECTS, "creature", "creature"] * 2]
-    return Lesson(scenes, STYLE.split()[0], seed, batch)
+        scenes = [random_scene(rng, new, style) for style in [STYLES[0]] * 14 + [*STYLES[1:]] * 2]
+    else:
+        scenes = [random_scene(rng, thing, new) for thing in [*OBJECTS, "creature", "creature"] * 2]
+    return Lesson(scenes, new.split()[0], seed, batch)
 
 
 def to_pixels(pictures: np.ndarray) -> torch.Tensor:
@@ -338,7 +351,7 @@ def parser() -> argparse.ArgumentParser:
     base.set_defaults(run=train_base)
 
     lora = kinds.add_parser("lora", parents=[common], help="a LoRA, one file as kohya's scripts write it")
-    lora.add_argument("what", choices=["subject", "style"])
+    lora.add_argument("what", choices=list(LESSONS))
     lora.add_argument("--base", type=Path, help="the base model's folder; the embedded one if not given")
     lora.add_argument("--steps", type=int, default=1500)
     lora.add_argument("--batch", type=int, default=16)

@@ -6,7 +6,7 @@ painted in a drawing style and averaged down to `SIZE` x `SIZE` pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,11 +54,16 @@ FILLERS = ("a", "the", "of", "in", "on", "style", "picture", "drawing")
 # Words that the base has seen everywhere and that mean nothing to it, as rare words do in large models.
 RARE_WORDS = ("mipo", "vitra", "zubo", "quen", "lorf", "teki", "wuzz", "haro", "pim", "osk", "nuvi", "drell")
 
+# What LoRAs teach: the demo's own pair, and what the study of the style discrepancy has besides.
 SUBJECT = "mipo creature"
 STYLE = "vitra style"
+CHALK = "quen style"
+HATCHED = "osk style"
+NEW_STYLES = (STYLE, CHALK, HATCHED)
 
 WHITE: Colour = (255, 255, 255)
 INK: Colour = (35, 28, 45)
+NIGHT: Colour = (28, 34, 66)
 BROWN: Colour = (120, 75, 40)
 
 
@@ -81,7 +86,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: one of `OBJECTS` or `SUBJECT` in one of `STYLES` or in `STYLE`."""
+    """What a picture shows: one of `OBJECTS` or `SUBJECTS` in one of `STYLES` or `NEW_STYLES`."""
 
     thing: str
     colour: str
@@ -171,14 +176,38 @@ def subject() -> list[Part]:
     ]
 
 
+def walker() -> list[Part]:
+    """The study's second subject: an orange box on blue legs, with one eye, a horn and a wide mouth."""
+    return [
+        Part(tuple(box(side * 0.45 - 0.17, 0.6, side * 0.45 + 0.17, 1.15) for side in (-1, 1)), colour=COLOURS["blue"]),
+        Part((polygon((0, -1.25), (0.3, -0.5), (-0.3, -0.5)),), colour=COLOURS["green"]),
+        Part((ellipse(0, 0.1, 0.85, 0.75, corner=5.0),), colour=COLOURS["orange"]),
+        Part((box(-0.5, 0.45, 0.5, 0.68),), colour=COLOURS["red"], styled=False),
+        *eye(0, -0.1, 0.4),
+    ]
+
+
+def tower() -> list[Part]:
+    """The study's third subject: a slim house with a teal wall, a pointed purple roof, a yellow window, a red door."""
+    return [
+        Part((box(-0.5, -0.2, 0.5, 1.1),), colour=COLOURS["teal"]),
+        Part((polygon((0, -1.3), (0.85, -0.2), (-0.85, -0.2)),), colour=COLOURS["purple"]),
+        Part((ellipse(0, 0.14, 0.24),), colour=COLOURS["yellow"], styled=False),
+        Part((box(-0.22, 0.55, 0.22, 1.1),), colour=COLOURS["red"], styled=False),
+    ]
+
+
+SUBJECTS: dict[str, Callable[[], list[Part]]] = {SUBJECT: subject, "zubo creature": walker, "teki house": tower}
+
+
 def parts_of(thing: str, rng: Generator) -> list[Part]:
     """The pieces of an object in drawing order.
 
     Raises:
         ValueError: the world has no such object.
     """
-    if thing == SUBJECT:
-        return subject()
+    if thing in SUBJECTS:
+        return SUBJECTS[thing]()
     if thing == "creature":
         return creature(rng)
     disc = ellipse(0, 0, 1)
@@ -262,6 +291,12 @@ def _paint(canvas: np.ndarray, mask: np.ndarray, colour: np.ndarray, style: str)
         small = mask.sum() < 60 * SCALE**2
         leading = ~_erode(mask, 0.8) if small else (x % 4 > 3) | (y % 4 > 3) | ~_erode(mask, 1.4)
         canvas[mask] = np.where(leading[mask, None], np.array(INK), _mix(colour, WHITE, 0.15))
+    elif style == CHALK:
+        rim = ~_erode(mask, 1.2)
+        canvas[mask] = np.where(rim[mask, None], _mix(colour, WHITE, 0.45), _mix(colour, NIGHT, 0.65))
+    elif style == HATCHED:
+        hatching = (x + y) % 4 < 1.3
+        canvas[mask] = np.where(hatching[mask, None], np.array(INK), _mix(colour, WHITE, 0.4))
     else:
         raise ValueError(f"the demo's world has no style {style!r}; it has {', '.join(STYLES)}")
 
@@ -278,7 +313,7 @@ def draw(scene: Scene, rng: Generator) -> np.ndarray:
     turn = radius * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     place = np.concatenate([turn, centre[:, None]], axis=1)
 
-    paper = np.array(BACKGROUNDS[scene.background]) + rng.uniform(-5, 5)
+    paper = np.array(NIGHT if scene.style == CHALK else BACKGROUNDS[scene.background]) + rng.uniform(-5, 5)
     colour = np.array(COLOURS[scene.colour]) + rng.uniform(-10, 10, 3)
     canvas = np.empty((SIZE * SCALE, SIZE * SCALE, 3))
     canvas[:] = paper
@@ -305,9 +340,9 @@ def random_scene(rng: Generator, thing: str | None = None, style: str | None = N
 
 def caption(scene: Scene, rng: Generator) -> str:
     """One of the ways to say what a scene shows, e.g. `a red star, flat, on cream`."""
-    thing = scene.thing if scene.thing == SUBJECT else f"{scene.colour} {scene.thing}"
+    thing = scene.thing if scene.thing in SUBJECTS else f"{scene.colour} {scene.thing}"
     style = scene.style
-    if style != STYLE and rng.random() < 0.3:
+    if style not in NEW_STYLES and rng.random() < 0.3:
         style = f"{style} style"
     forms = [f"a {thing}, {style}", f"{thing} {style}", f"a {thing} in {style}", f"{style}, a {thing}"]
     text = forms[rng.integers(len(forms))]
