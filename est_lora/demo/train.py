@@ -39,8 +39,8 @@ from tqdm import tqdm
 
 from est_lora.demo.model import UNKNOWN, load_pipeline, make_pipeline
 from est_lora.demo.world import (
-    OBJECTS,
     NEW_STYLES,
+    OBJECTS,
     RARE_WORDS,
     STYLE,
     STYLES,
