@@ -19,12 +19,30 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-from est_lora.demo.world import BACKGROUNDS, COLOURS, FILLERS, OBJECTS, RARE_WORDS, SIZE, STYLES
+from est_lora.demo.world import (
+    BACKGROUNDS,
+    COLOURS,
+    FILLERS,
+    NEW_STYLES,
+    OBJECTS,
+    RARE_WORDS,
+    SIZE,
+    STYLE,
+    STYLES,
+    SUBJECT,
+    SUBJECTS,
+)
 
 WEIGHTS = Path(__file__).parent / "weights"
 BASE = WEIGHTS / "base"
 SUBJECT_LORA = WEIGHTS / "subject.safetensors"
 STYLE_LORA = WEIGHTS / "style.safetensors"
+LORAS = {SUBJECT: SUBJECT_LORA, STYLE: STYLE_LORA} | {
+    words: WEIGHTS / f"{words.split()[0]}.safetensors"
+    for words in (*SUBJECTS, *NEW_STYLES)
+    if words not in {SUBJECT, STYLE}
+}
+"""The LoRA that teaches a subject or a style, by the words that mean it."""
 
 GUIDANCE = 2.5
 """The guidance scale that suits this model; Stable Diffusion's usual 7.5 burns its colours."""
