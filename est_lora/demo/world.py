@@ -57,9 +57,9 @@ RARE_WORDS = ("mipo", "vitra", "zubo", "quen", "lorf", "teki", "wuzz", "haro", "
 # What LoRAs teach: the demo's own pair, and what the study of the style discrepancy has besides.
 SUBJECT = "mipo creature"
 STYLE = "vitra style"
-CHALK = "quen style"
+NEON = "quen style"
 HATCHED = "osk style"
-NEW_STYLES = (STYLE, CHALK, HATCHED)
+NEW_STYLES = (STYLE, NEON, HATCHED)
 
 WHITE: Colour = (255, 255, 255)
 INK: Colour = (35, 28, 45)
@@ -291,9 +291,9 @@ def _paint(canvas: np.ndarray, mask: np.ndarray, colour: np.ndarray, style: str)
         small = mask.sum() < 60 * SCALE**2
         leading = ~_erode(mask, 0.8) if small else (x % 4 > 3) | (y % 4 > 3) | ~_erode(mask, 1.4)
         canvas[mask] = np.where(leading[mask, None], np.array(INK), _mix(colour, WHITE, 0.15))
-    elif style == CHALK:
-        rim = ~_erode(mask, 1.2)
-        canvas[mask] = np.where(rim[mask, None], _mix(colour, WHITE, 0.45), _mix(colour, NIGHT, 0.65))
+    elif style == NEON:
+        rim = ~_erode(mask, 1.4)
+        canvas[mask] = np.where(rim[mask, None], _mix(colour, WHITE, 0.15), np.array(NIGHT))
     elif style == HATCHED:
         hatching = (x + y) % 4 < 1.3
         canvas[mask] = np.where(hatching[mask, None], np.array(INK), _mix(colour, WHITE, 0.4))
@@ -313,7 +313,7 @@ def draw(scene: Scene, rng: Generator) -> np.ndarray:
     turn = radius * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     place = np.concatenate([turn, centre[:, None]], axis=1)
 
-    paper = np.array(NIGHT if scene.style == CHALK else BACKGROUNDS[scene.background]) + rng.uniform(-5, 5)
+    paper = np.array(BACKGROUNDS[scene.background]) + rng.uniform(-5, 5)
     colour = np.array(COLOURS[scene.colour]) + rng.uniform(-10, 10, 3)
     canvas = np.empty((SIZE * SCALE, SIZE * SCALE, 3))
     canvas[:] = paper

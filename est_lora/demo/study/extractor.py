@@ -26,8 +26,9 @@ LABELS = {
     "style": STYLES,
     "background": tuple(BACKGROUNDS),
 }
-TOLD = "told.json"
-_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+STEPS = 800
+"""How long the stand-in is trained."""
+_CONFIG, _WEIGHTS, _TOLD = "config.json", "model.safetensors", "told.json"
 _EPSILON = 1e-6  # timm's, of every LayerNorm
 
 
@@ -136,8 +137,14 @@ def is_there(folder: Path) -> bool:
     return (folder / _CONFIG).is_file() and (folder / _WEIGHTS).is_file()
 
 
-def train(folder: Path, steps: int = 1200, batch: int = 32, seed: int = 0, size: Size | None = None) -> None:
-    """Trains the stand-in, writes it to `folder`, and beside it, in `TOLD`, what it tells right of unseen pictures.
+def told(folder: Path) -> dict[str, float]:
+    """The share of unseen pictures of which a trained stand-in tells each label right; empty for other extractors."""
+    path = folder / _TOLD
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def train(folder: Path, steps: int = STEPS, batch: int = 32, seed: int = 0, size: Size | None = None) -> None:
+    """Trains the stand-in, writes it to `folder`, and beside it, what `told` gives.
 
     Args:
         folder: where it is written.
@@ -165,9 +172,10 @@ def train(folder: Path, steps: int = 1200, batch: int = 32, seed: int = 0, size:
             optimiser.step()
             optimiser.zero_grad()
             progress.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+    right = _right(network.eval(), heads, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _TOLD).write_text(json.dumps(right, indent=2) + "\n", encoding="utf-8")
     save(network, size, folder)
-    told = {"parameters": sum(p.numel() for p in network.parameters()), "right": _right(network.eval(), heads, seed)}
-    (folder / TOLD).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 
 def _batch(rng: np.random.Generator, count: int) -> tuple[Tensor, dict[str, Tensor]]:

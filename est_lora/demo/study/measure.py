@@ -18,26 +18,31 @@ from tqdm import tqdm
 
 from est_lora.demo.model import BASE, GUIDANCE, LORAS
 from est_lora.demo.world import NEW_STYLES, SIZE, SUBJECTS
+from est_lora.discrepancy import discrepancy
 from est_lora.gate import STYLE, SUBJECT
 from est_lora.hosts.diffusers import fuse
 
 Features = Callable[[list[Image]], Tensor]
-_MADE_BY = "made by"
 
 BUDGET = 14.0
 """What a probe may cost, in steps at the native side: half a picture of 28 steps."""
 
 PROMPTS = {
-    "both": "a {subject}, {style}, on white",
-    "both, nothing else": "{subject} {style}",
+    "the words alone": "{subject}, {style}",
+    "both, on white": "a {subject}, {style}, on white",
     "both, on sky": "drawing of a {subject} in {style}, on sky",
     "both, style first": "{style}, a {subject}, on cream",
-    "subject's only": "a {subject}, flat, on white",
-    "style's only": "a red heart, {style}, on white",
-    "neither (heart)": "a red heart, flat, on white",
-    "neither (creature)": "a blue creature, outlined, on sky",
+    "the subject's words": "a {subject}, flat, on white",
+    "the style's words": "a red heart, {style}, on white",
+    "neither: a heart": "a red heart, flat, on white",
+    "neither: a creature": "a blue creature, outlined, on sky",
 }
-"""Prompts by which trigger words are in them. The first is the reference."""
+"""Prompts by which of the pair's trigger words they have. The first is the reference."""
+
+
+def has_both(prompt: str) -> bool:
+    """Whether a prompt, a key of `PROMPTS`, has the trigger words of both."""
+    return "{subject}" in PROMPTS[prompt] and "{style}" in PROMPTS[prompt]
 
 
 class Pair(NamedTuple):
@@ -152,10 +157,15 @@ class Series(NamedTuple):
     seeds: int
 
     @property
+    def words(self) -> str:
+        """Of the one that draws."""
+        return str(getattr(self.pair, self.role))
+
+    @property
     def key(self) -> str:
         """Says what is drawn. The other of the pair has no part in it, so other pairs have the same pictures."""
-        words = getattr(self.pair, self.role)
-        return f"{words}: {self.prompt}; {self.probe.steps} steps, {self.probe.side} px, {self.seeds} seeds"
+        lora = hashlib.sha256(LORAS[self.words].read_bytes()).hexdigest()[:12]
+        return f"{lora} {self.prompt} {self.probe.steps} {self.probe.side} {self.seeds}"
 
 
 class Bench:
@@ -164,21 +174,20 @@ class Bench:
     Args:
         pipe: the demo's pipeline.
         features: pictures to features, (n, d).
-        kept: a file that keeps them between runs; None for memory only.
+        folder: where they are kept between runs.
         extractor: identifies the extractor, so that another's features aren't taken for its own.
     """
 
-    def __init__(self, pipe: Any, features: Features, kept: Path | None = None, extractor: str = "") -> None:
-        self.pipe, self.features, self.kept = pipe, features, kept
+    def __init__(self, pipe: Any, features: Features, folder: Path, extractor: str) -> None:
+        self.pipe, self.features = pipe, features
         digest = hashlib.sha256(extractor.encode())
-        for path in sorted([*BASE.rglob("*.*"), *LORAS.values()]):
+        for path in sorted(BASE.rglob("*.*")):
             digest.update(path.read_bytes())
-        self.made_by = digest.hexdigest()
+        self.kept = folder / f"features-{digest.hexdigest()[:12]}.npz"
         self.known: dict[str, Values] = {}
-        if kept is not None and kept.is_file():
-            with np.load(kept) as stored:
-                if str(stored[_MADE_BY]) == self.made_by:
-                    self.known = {key: stored[key] for key in stored.files if key != _MADE_BY}
+        if self.kept.is_file():
+            with np.load(self.kept) as stored:
+                self.known = dict(stored)
 
     def measure(self, plan: Plan) -> Table:
         """`D` of every pair with every probe of the plan."""
@@ -197,7 +206,7 @@ class Bench:
                     self.known[key] = self.features(self._draw(series)).double().numpy()
                     self._keep()
                 bar.update(cost[key])
-        return {which: _discrepancies(*(self.known[series.key] for series in two)) for which, two in wanted.items()}
+        return {which: _each(*(self.known[series.key] for series in two)) for which, two in wanted.items()}
 
     def _draw(self, series: Series) -> list[Image]:
         probe, subject, style = series.probe, *(LORAS[words] for words in series.pair)
@@ -214,13 +223,11 @@ class Bench:
             )
 
     def _keep(self) -> None:
-        if self.kept is not None:
-            unfinished = self.kept.with_suffix(".unfinished.npz")
-            np.savez(unfinished, **{_MADE_BY: np.array(self.made_by)}, **self.known)
-            os.replace(unfinished, self.kept)
+        unfinished = self.kept.with_suffix(".unfinished.npz")
+        np.savez(unfinished, **self.known)  # type: ignore[arg-type]
+        os.replace(unfinished, self.kept)
 
 
-def _discrepancies(subject: Values, style: Values) -> Values:
-    """`D` of each row, from features (seeds, d)."""
-    cosine = (subject * style).sum(1) / (np.linalg.norm(subject, axis=1) * np.linalg.norm(style, axis=1))
-    return 1.0 - cosine
+def _each(subject: Values, style: Values) -> Values:
+    """`D` of each seed, from features (seeds, d)."""
+    return np.array([discrepancy(torch.from_numpy(rows)) for rows in np.stack([subject, style], axis=1)])
