@@ -53,3 +53,12 @@ def test_a_trained_lora_is_like_anybodys(tmp_path):
     file = LoraFile.load(tmp_path / "a.safetensors")
     assert (file.convention, file.kinds, file.ranks) == ("kohya", {"lora": 56}, [8])
     assert {update.scale for update in file.updates.values()} == {0.5}
+
+
+@pytest.mark.parametrize("what", train.LESSONS)
+def test_a_lesson_says_its_word_of_what_is_new_only(what):
+    trigger = train.LESSONS[what].split()[0]
+    pixels, captions = train.lesson(what, seed=0, batch=32)[0]
+    assert pixels.shape == (32, 3, 32, 32)
+    assert sum(trigger in caption for caption in captions[:16]) > 10
+    assert not any(trigger in caption for caption in captions[16:])

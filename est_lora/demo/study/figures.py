@@ -193,7 +193,7 @@ def _mean_of_hands(hands: Sequence[_Hands], means: Values, measured: Values) -> 
 def _score(probe: Probe, rows: Values, means: Values) -> Score:
     seeds = max(int(BUDGET / probe.cost), 1)
     shifts = rows.mean(1) - means
-    variance = rows.var(1, ddof=1)
+    variance = rows.var(1)
     return Score(
         probe=probe,
         shift=float(shifts.mean()),

@@ -76,10 +76,11 @@ _STAND_IN = """\
 **The extractor is a stand-in, not DINO.** It is a vision transformer of a million parameters, trained for this study on
 the embedded model's own world to tell, from its CLS token, the object ({thing:.0%} right on unseen pictures), its colour
 ({colour:.0%}), the drawing style ({style:.0%}) and the background ({background:.0%}); it never saw what the LoRAs teach.
-So the sizes of `D` below say nothing about `D` under DINO, neither its level nor its spread between real LoRAs, and
-pictures of {side} pixels with one object in the middle vary less with the seed than photographs do. What should carry
-over is what doesn't need the extractor: that a seed, a prompt without the trigger words, too few steps or too small a
-side move the pictures themselves, the arithmetic from `D` to layers that change hands, and the way to decide."""
+So the sizes of `D` below say nothing about `D` under DINO, neither its level nor its spread between real LoRAs. Nor do
+steps and sides carry over as they are: this model needs few steps, was trained at one side only, and puts one object
+into the middle. What should carry over is what needs no extractor: that the seed, a prompt without the trigger words, too
+few steps and too small a side change the pictures that are compared, how `D` turns into layers that change hands, and
+how the choice is made."""
 _GIVEN = """\
 The extractor is one that was given, and not the stand-in that this study trains by itself."""
 
@@ -102,7 +103,7 @@ _DEFAULTS = """\
 - **seed: {seed}**, the same for every pair and request, so that a pair has one `D` and one plan. By seed the error of this
   probe goes from {least:.3f} to {most:.3f}; which seeds are the good ones is a property of this model and carries over to no
   other, so none is searched for.
-- **prompt: the trigger words of both, and nothing else** where they are known. {prompt_reason}"""
+- **prompt: one with the trigger words of both.** {prompt_reason}"""
 
 
 def write(found: Findings, told: dict[str, float]) -> str:
