@@ -83,7 +83,7 @@ def test_every_lora_of_the_plan_is_there_and_the_budget_leaves_a_choice():
     affordable = {probe.side for probe in plan.settings if probe.cost <= BUDGET}
     assert affordable == {side for side, _ in plan.grid}
     assert plan.reference in plan.settings
-    assert [has_both(name) for name in PROMPTS].count(True) == 4
+    assert [has_both(name) for name in PROMPTS].count(True) == 5
 
 
 def test_spread_tells_what_all_pairs_do_from_what_each_does():

@@ -79,11 +79,13 @@ class Findings:
         plan: what was measured.
         means: `D` of each pair with the reference, over the seeds.
         seed_deviation: its standard deviation over the seeds.
-        between: standard deviation of `means`.
+        between: standard deviation between the pairs; what the seeds leave in `means` is taken off.
         spreads: by what is varied.
         by_prompt: `D` over the seeds, (pairs, prompts).
+        deviation_by_prompt: its standard deviation over the seeds, over all pairs, a value a prompt.
         scores: of every steps and side.
         best: the affordable one with the smallest error.
+        best_of_seeds: the affordable one with the smallest error where the budget is spent on several seeds.
         wins: how often it stays the best when pairs and seeds are drawn anew.
         constant, half: the error of taking the mean of all pairs for each, and of taking 0.5.
         hands: by how far `beta` is moved, the share of gated layers x progress that changes hands, a value a pair.
@@ -98,8 +100,10 @@ class Findings:
     between: float
     spreads: dict[str, Spread]
     by_prompt: Values
+    deviation_by_prompt: Values
     scores: list[Score]
     best: Score
+    best_of_seeds: Score
     wins: float
     constant: float
     half: float
@@ -118,14 +122,16 @@ class Findings:
 
         reference = rows(plan.reference)
         means = reference.mean(1)
-        between = float(means.std(ddof=1))
+        seeds = Spread.of(reference)
+        between = math.sqrt(max(means.var(ddof=1) - seeds.own**2 / plan.seeds, 0.0))
         scores = [_score(probe, rows(probe), means) for probe in plan.settings]
-        best = min((score for score in scores if score.affordable), key=lambda score: score.error)
-        affordable = {score.probe: rows(score.probe) for score in scores if score.affordable}
+        within_budget = [score for score in scores if score.affordable]
+        best = min(within_budget, key=lambda score: score.error)
+        affordable = {score.probe: rows(score.probe) for score in within_budget}
         chosen = affordable[best.probe]
 
-        prompts = [reference[:, : plan.prompt_seeds].mean(1), *(rows(probe).mean(1) for probe in plan.rewordings)]
-        by_prompt = np.stack(prompts, axis=1)
+        prompted = [reference[:, : plan.prompt_seeds], *(rows(probe) for probe in plan.rewordings)]
+        by_prompt = np.stack([values.mean(1) for values in prompted], axis=1)
         both = [place for place, name in enumerate(plan.prompts) if has_both(name)]
         native = [rows(probe).mean(1) for probe in plan.settings if probe.side == SIZE]
         longest = [rows(Probe(plan.prompts[0], column[-1], side)).mean(1) for side, column in plan.grid]
@@ -136,15 +142,17 @@ class Findings:
             seed_deviation=reference.std(1, ddof=1),
             between=between,
             spreads={
-                "seed": Spread.of(reference),
+                "seed": seeds,
                 "prompt, with both trigger words": Spread.of(by_prompt[:, both]),
                 "prompt, any": Spread.of(by_prompt),
                 "steps": Spread.of(np.stack(native, axis=1)),
                 "side": Spread.of(np.stack(longest, axis=1)),
             },
             by_prompt=by_prompt,
+            deviation_by_prompt=np.array([Spread.of(values).within for values in prompted]),
             scores=scores,
             best=best,
+            best_of_seeds=min(within_budget, key=lambda score: score.error_of_seeds),
             wins=_wins(list(affordable.values()), reference, chosen),
             constant=float(means.std()),
             half=_root_mean_square(means - 0.5),

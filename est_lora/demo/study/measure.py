@@ -32,6 +32,7 @@ PROMPTS = {
     "both, on white": "a {subject}, {style}, on white",
     "both, on sky": "drawing of a {subject} in {style}, on sky",
     "both, style first": "{style}, a {subject}, on cream",
+    "both and a colour": "a blue {subject}, {style}, on white",
     "the subject's words": "a {subject}, flat, on white",
     "the style's words": "a red heart, {style}, on white",
     "neither: a heart": "a red heart, flat, on white",

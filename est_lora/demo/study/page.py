@@ -34,7 +34,7 @@ Everything below is written by one command:
 
 {pair_table}
 
-Standard deviation of these means between the pairs: {between:.3f}. Seeds are 0 to {last_seed}.
+Standard deviation between the pairs: {between:.3f}, without what the seeds leave in these means. Seeds are 0 to {last_seed}.
 The last two columns: the share of gated layers x progress in which the other file acts once `beta` is moved by 0.1 from
 `D`. It is at most 0.1 / alpha = {most_hands}, which it would be if every layer had its switch within the picture.
 
@@ -47,23 +47,24 @@ order; "pair's share" is the variance between pairs over the sum of it and the v
 
 {spread_table}
 
-Steps and side here are all that was measured at the native side and at {reference_steps} steps; seeds are averaged over
-except in the first row.
+Steps are those of the table below at the native side, sides those at {reference_steps} steps; `D` is averaged over the
+seeds where it isn't the seed that is varied.
 
-| prompt | D, mean over pairs | between pairs |
-|---|---|---|
+| prompt | D, mean over pairs | deviation between pairs | deviation by seed |
+| --- | --- | --- | --- |
 {prompt_table}
 
 ## Which probe
 
 The error is that of one probe (two pictures, one seed) against the reference's mean over the seeds, root mean square
-over pairs and seeds; the shift is its mean. Cost is 2 pictures x steps x (side / native)^2, and the budget {budget:g}
+over pairs and seeds; the shift is its mean. The rank correlation is that of the pairs' means over all seeds. Cost is 2 pictures x steps x (side / native)^2, and the budget {budget:g}
 (half a picture of 28 steps). The last column spends the whole budget on several seeds and takes their mean.
 
 {score_table}
 
 For comparison: one `D` for all pairs, their mean, has the error {constant:.3f}; `beta = 0.5`, what is used without
-a measurement, {half:.3f}.
+a measurement, {half:.3f}. Where a probe's error isn't below the first of the two, its `D` tells less of a pair than one number for all
+would.
 
 ![D by steps, and the error of a probe by its cost]({settings})
 
@@ -103,7 +104,13 @@ _DEFAULTS = """\
 - **seed: {seed}**, the same for every pair and request, so that a pair has one `D` and one plan. By seed the error of this
   probe goes from {least:.3f} to {most:.3f}; which seeds are the good ones is a property of this model and carries over to no
   other, so none is searched for.
-- **prompt: one with the trigger words of both.** {prompt_reason}"""
+{several}- **prompt: one with the trigger words of both.** {prompt_reason}"""
+
+_SEVERAL = """\
+- With more than two pictures: the same budget spent on {seeds} seeds of {steps} steps at {share:g} of the native side, and
+  the mean taken, the error is {error_of_seeds:.3f} instead of {error:.3f}: another seed brings more than more steps do. For
+  a pair that is used often, a mean over several seeds is worth its time.
+"""
 
 
 def write(found: Findings, told: dict[str, float]) -> str:
@@ -157,7 +164,7 @@ def in_short(found: Findings) -> str:
         by_prompt=spreads["prompt, any"].within,
         order=_order(found),
         error=best.error,
-        comparison="less than" if best.error < found.constant else "no less than",
+        comparison="less than" if best.error < found.constant else "more than",
         constant=found.constant,
         reference_error=reference.error,
         hands=_percent(found.hands[0.1].mean()),
@@ -195,11 +202,11 @@ def _spread_table(found: Findings) -> str:
 
 
 def _prompt_table(found: Findings) -> str:
-    columns = zip(found.plan.prompts, found.by_prompt.T)
-    rows = [
-        f"| {PROMPTS[name].format(subject='*subject*', style='*style*')} | {column.mean():.3f} | {column.std(ddof=1):.3f} |"
-        for name, column in columns
-    ]
+    columns = zip(found.plan.prompts, found.by_prompt.T, found.deviation_by_prompt)
+    rows = []
+    for name, column, deviation in columns:
+        words = PROMPTS[name].format(subject="*subject*", style="*style*")
+        rows.append(f"| {words} | {column.mean():.3f} | {column.std(ddof=1):.3f} | {deviation:.3f} |")
     return "\n".join(rows)
 
 
@@ -239,7 +246,21 @@ def _defaults(found: Findings) -> str:
         seed=SEED,
         least=found.seed_errors.min(),
         most=found.seed_errors.max(),
+        several=_several(found),
         prompt_reason=f"{reason}.",
+    )
+
+
+def _several(found: Findings) -> str:
+    best = found.best_of_seeds
+    if best.seeds == 1:
+        return ""
+    return _SEVERAL.format(
+        seeds=best.seeds,
+        steps=best.probe.steps,
+        share=best.probe.side / SIZE,
+        error_of_seeds=best.error_of_seeds,
+        error=found.best.error,
     )
 
 
