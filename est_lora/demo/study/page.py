@@ -54,17 +54,21 @@ seeds where it isn't the seed that is varied.
 | --- | --- | --- | --- |
 {prompt_table}
 
+A prompt that names no colour leaves each picture its own, which an extractor that tells colours takes for a difference;
+the row with a colour shows how much of the seed's part that is.
+
 ## Which probe
 
 The error is that of one probe (two pictures, one seed) against the reference's mean over the seeds, root mean square
-over pairs and seeds; the shift is its mean. The rank correlation is that of the pairs' means over all seeds. Cost is 2 pictures x steps x (side / native)^2, and the budget {budget:g}
-(half a picture of 28 steps). The last column spends the whole budget on several seeds and takes their mean.
+over pairs and seeds; the shift is its mean. The rank correlation is that of the pairs' means over all seeds. Cost is 2
+pictures x steps x (side / native)^2, and the budget {budget:g} (half a picture of 28 steps; in brackets what is beyond it).
+The last column spends the whole budget on several seeds and takes their mean.
 
 {score_table}
 
 For comparison: one `D` for all pairs, their mean, has the error {constant:.3f}; `beta = 0.5`, what is used without
-a measurement, {half:.3f}. Where a probe's error isn't below the first of the two, its `D` tells less of a pair than one number for all
-would.
+a measurement, {half:.3f}. Where a probe's error isn't below the first of the two, its `D` tells
+less of a pair than one number for all would.
 
 ![D by steps, and the error of a probe by its cost]({settings})
 
@@ -178,7 +182,7 @@ def _order(found: Findings) -> str:
     beyond = [f'"{name}"' for name, each in found.spreads.items() if each.within > found.between]
     if not beyond:
         return "nothing that was varied moves it more than the choice of the pair does"
-    return f"more than the choice of the pair does {' and '.join(beyond)}"
+    return f"more than the choice of the pair moves it {', '.join(beyond)}"
 
 
 def _pair_table(found: Findings) -> str:
@@ -242,7 +246,7 @@ def _defaults(found: Findings) -> str:
         cost=best.probe.cost,
         wins=found.wins,
         resamples=1000,
-        sureness="so the choice is firm" if found.wins > 0.9 else "so others of the table would do nearly as well",
+        sureness="so the choice is firm" if found.wins > 0.9 else "so others of the table come close",
         seed=SEED,
         least=found.seed_errors.min(),
         most=found.seed_errors.max(),

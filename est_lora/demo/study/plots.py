@@ -72,7 +72,8 @@ def settings(found: Findings) -> Figure:
     right.text(58, found.constant, "no probe: one D for all pairs", fontsize=8, color=_GREY, va="bottom", ha="right")
     right.axvline(BUDGET, color=_GREY, linewidth=1)
     right.text(BUDGET, 0, " budget", fontsize=8, color=_GREY, va="bottom")
-    right.set(xlabel="cost: 2 pictures x steps x (side / native)²", ylabel="error of one probe", ylim=(0, None))
+    right.set(xlabel="cost: 2 pictures x steps x (side / native)²", ylabel="error of one probe")
+    right.set_ylim(0, 1.1 * max(score.error for score in found.scores))
     right.set_xscale("log", base=2)
     ticks = [1, 2, 4, 7, 14, 28, 56]
     right.set_xticks(ticks, [str(tick) for tick in ticks])
