@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import inspect
 import json
@@ -113,12 +112,11 @@ def open_extractor(
         where = quote(files[_CONFIG].parent)
         raise EstLoraError(f"The extractor {name!r} can't be loaded from {where}: {reason(error)}") from error
     extractor = _Opened(name, called, embed)
-    del embed
+    del embed  # which has the model
     try:
         yield extractor
     finally:
         extractor.embed = None
-        gc.collect()
         if place.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -207,14 +205,13 @@ def _read_config(name: str, path: Path) -> dict[str, Any]:
 def _fetched(cache: Path | None) -> dict[str, Path]:
     """The files of the published DINO, from the cache, else from the network."""
     hub = _library("huggingface_hub", "dino")
-    asked = {"repo_id": _REPOSITORY, "revision": _REVISION, "cache_dir": cache}
+    published = {"repo_id": _REPOSITORY, "revision": _REVISION, "cache_dir": cache}
     files = {}
     for file in _FILES["dino"]:
         try:
-            try:
-                files[file] = Path(hub.hf_hub_download(filename=file, **asked, local_files_only=True))
-            except OSError:
-                files[file] = Path(hub.hf_hub_download(filename=file, **asked))
+            # Newer versions of `hf_hub_download` ask the network even for what is in the cache.
+            found = hub.try_to_load_from_cache(filename=file, **published)
+            files[file] = Path(found if isinstance(found, str) else hub.hf_hub_download(filename=file, **published))
         except Exception as error:  # of the network, the disk, or the site, each library's own kind
             told = f"The DINO weights can't be fetched ({reason(error).rstrip('.')})"
             raise EstLoraError(f"{told}: connect once, or name a folder that has them.") from error
@@ -235,7 +232,7 @@ def _dino(files: Mapping[str, Path], device: torch.device) -> _Embed:
         **data.resolve_data_config({}, pretrained_cfg=config["pretrained_cfg"]), is_training=False
     )
     _fill(model, files[_WEIGHTS])
-    model.float().eval().requires_grad_(requires_grad=False).to(device)
+    model.float().eval().to(device)
 
     def embed(picture: Image) -> Tensor:
         with _plainly(device):
@@ -294,16 +291,20 @@ def _clip(files: Mapping[str, Path], device: torch.device) -> _Embed:
     # The processor that works on PIL pictures, which is the only one of older versions.
     kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
     processor = kind.from_pretrained(folder, local_files_only=True)
+    loudness = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # lest it list the weights of the text encoder, if there is one
     try:
         model, loaded = transformers.CLIPVisionModelWithProjection.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except SafetensorError as error:
         raise _unreadable(weights, error) from error
+    finally:
+        transformers.logging.set_verbosity(loudness)
     lacking = sorted(key for key in loaded["missing_keys"] if not key.endswith("position_ids"))  # which are no weights
     if lacking:
         raise _misfit(weights, [f"lacks {quote(key)}" for key in lacking])
-    model.float().eval().requires_grad_(requires_grad=False).to(device)
+    model.float().eval().to(device)
 
     def embed(picture: Image) -> Tensor:
         with _plainly(device):
@@ -325,8 +326,9 @@ def _plainly(device: torch.device) -> Iterator[None]:
 
 
 def _rgb(picture: Image) -> Image:
-    if picture.mode == "P" and "transparency" in picture.info:
-        picture = picture.convert("RGBA")
+    """The picture in 8-bit colours; what is transparent keeps the colour it has."""
+    if picture.mode.startswith("I;16"):  # which older versions of PIL cut off at 255
+        picture = picture.point(lambda value: value * (1 / 257)).convert("L")
     return picture.convert("RGB")
 
 
@@ -342,7 +344,8 @@ def _library(name: str, extractor: str) -> ModuleType:
 
 
 def _unreadable(path: Path, error: Exception) -> EstLoraError:
-    return EstLoraError(f"{quote(path)} isn't a whole safetensors file, delete it and get it again: {reason(error)}")
+    told = "isn't a whole safetensors file, delete it and get it again"
+    return EstLoraError(f"{quote(path.resolve())} {told}: {reason(error)}")  # of a cache, the file and not the link
 
 
 def _misfit(path: Path, wrong: Sequence[str]) -> EstLoraError:

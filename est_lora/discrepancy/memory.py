@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import math
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -94,7 +93,8 @@ class Key:
     def fields(self) -> dict[str, Any]:
         """All of it in one dictionary of texts and numbers."""
         fields = dataclasses.asdict(self)
-        return {**fields, **fields.pop("settings")}
+        settings = fields.pop("settings")
+        return {**fields, **settings}
 
     @property
     def digest(self) -> str:
@@ -217,13 +217,13 @@ class Memory:
                 write_whole(path, _side_by_side(*pictures))
             else:
                 path.unlink(missing_ok=True)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # the disk's, and that of pictures that PIL can't convert
             self.remarks.append(f"The probe pictures can't be kept in {quote(path.parent)}: {reason(error)}")
 
 
 def _is_value(value: object) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value) and 0 <= value <= 2  # type: ignore[arg-type,operator]
+    return number and 0 <= value <= 2  # type: ignore[operator]
 
 
 def _side_by_side(left: Image, right: Image) -> bytes:
