@@ -216,8 +216,8 @@ def test_the_published_weights_have_an_identity_of_their_own(no_network):
     assert no_network == []
 
 
-def test_the_published_config_is_understood(tmp_path):
-    """The file that is fetched, as it is published, of full size."""
+def test_a_config_and_a_model_of_full_size(tmp_path):
+    """A config in the form that timm publishes them in, and a model of full size."""
     import timm
 
     published = {
