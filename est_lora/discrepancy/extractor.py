@@ -57,7 +57,7 @@ def identity(name: str, folder: Path | None) -> str:
     """Which weights an extractor has, in a few characters, without reading them.
 
     Of weights in a folder it is told by the bytes of the small files, and by the size and the time of change of the
-    weights' file: a file that is copied or touched counts as another, and one changed with its time put back doesn't.
+    weights' file: a file that is touched counts as another, and one that is changed but keeps both doesn't.
 
     Args:
         name: one of NAMES.
