@@ -86,14 +86,11 @@ class Job:
         p = self._p
         try:
             config = self._expected()
-        except EstLoraError:  # said when they have been read
-            return
-        if config is None or config.beta != AUTO or config.method != "est":
-            return
-        loras = LoraList()
-        try:
+            if config is None or config.beta != AUTO or config.method != "est":
+                return
+            loras = LoraList()
             subject, style = (loras.find(name) for name in config.pair())
-        except EstLoraError:
+        except EstLoraError:  # said when they have been read
             return
         found: float | None = None
         try:
