@@ -57,6 +57,7 @@ class Measuring:
 
         chosen = settings.extractor()
         name, folder = chosen
+        words = shared.state.textinfo
         shared.state.textinfo = "EST-LoRA loads what it compares pictures with"
         with ExitStack() as opened:
             try:
@@ -68,7 +69,7 @@ class Measuring:
                 self._missing[chosen] = (time.monotonic(), str(error))
                 raise
             finally:
-                shared.state.textinfo = None
+                shared.state.textinfo = words
             pair = {"subject": subject.name, "style": style.name}
             pictures = probes.draw(p, script, pair, key.settings, key.prompt)
             value = round(discrepancy(extractor.features(pictures)), _DIGITS)

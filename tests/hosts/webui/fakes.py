@@ -349,6 +349,26 @@ def gradio_module(built: list[Any], is_4: bool) -> ModuleType:
     return fake
 
 
+class State:
+    """What the host tells of its job, and what stops it."""
+
+    job, job_no, job_count, sampling_step, sampling_steps = "", 0, 0, 0, 0
+    textinfo = current_latent = current_image = None
+    interrupted = skipped = False
+
+    def begin(self, job: str) -> None:
+        self.job, self.job_count, self.interrupted, self.skipped = job, -1, False, False
+
+    def end(self) -> None:
+        self.job, self.job_count = "", 0
+
+    def interrupt(self) -> None:
+        self.interrupted = True
+
+    def assign_current_image(self, image: Any) -> None:
+        self.current_image = image
+
+
 def shared_module() -> ModuleType:
     """The host's settings."""
     fake = ModuleType("modules.shared")
@@ -375,6 +395,7 @@ def shared_module() -> ModuleType:
             return self
 
     options: dict[str, OptionInfo] = {}
+    fake.state, fake.total_tqdm = State(), SimpleNamespace(clear=lambda: None)
     fake.OptionInfo = OptionInfo
     fake.opts = SimpleNamespace(data={}, options=options, add_option=options.__setitem__)
     return fake

@@ -7,12 +7,14 @@ import importlib.util
 import re
 import sys
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from est_lora.config import FIELDS
@@ -77,11 +79,13 @@ class WebUI:
     errors: list[BaseException] = field(default_factory=list)
     components: list[Any] = field(default_factory=list)
     others: list[Any] = field(default_factory=list)
+    tilings: list[Any] = field(default_factory=list)
     first_pass_conds_for_second: bool = False
 
     def __post_init__(self) -> None:
         self.sd_model = self.selected = self.checkpoint(seed=1)
         self.caches: dict[str, list[Any]] = {}
+        self.cached = [None, None]
         self.encodings = 0
         self.callbacks = fakes.ScriptCallbacks()
         self.networks = fakes.networks_module(self.folder, self._load_networks)
@@ -104,9 +108,17 @@ class WebUI:
         fastapi, paths = ModuleType("fastapi"), ModuleType("modules.paths")
         fastapi.HTTPException, fastapi.Request = fakes.HTTPException, SimpleNamespace
         fastapi.Response = lambda content, media_type: SimpleNamespace(content=content, media_type=media_type)
-        paths.data_path = str(self.folder)
+        paths.data_path = paths.models_path = str(self.folder)
         context = ModuleType("gradio.context")
         context.Context = gradio.Context
+        processing, devices = ModuleType("modules.processing"), ModuleType("modules.devices")
+        processing.StableDiffusionProcessingTxt2Img = lambda **knobs: Processing(self, **knobs)
+        processing.process_images = self.process_images
+        processing.apply_circular_forge = lambda sd_model, tiling: self.tilings.append(tiling)
+        devices.device = "cpu"
+        hijack, queue = ModuleType("modules.sd_hijack"), ModuleType("modules.call_queue")
+        hijack.model_hijack = SimpleNamespace(apply_circular=self.tilings.append)
+        queue.queue_lock = nullcontext()
         extra = ModuleType("modules.ui_extra_networks")
         extra.extra_pages = []
         named = [
@@ -123,17 +135,24 @@ class WebUI:
             context,
             fastapi,
             paths,
+            processing,
+            devices,
+            hijack,
+            queue,
             extra,
             fakes.shared_module(),
             self.networks,
             *sampler_modules(),
         ]
         self.modules = {module.__name__: module for module in named}
-        self.modules["modules.sd_models"].model_data = self
+        models = self.modules["modules.sd_models"]
+        models.model_data = self
+        models.apply_token_merging = lambda sd_model, ratio: None
         for name, module in self.modules.items():
             parent, _, leaf = name.rpartition(".")
             if parent:
                 setattr(self.modules[parent], leaf, module)
+        self.modules["modules.shared"].sd_model = self.sd_model
         sys.modules.update(self.modules)
         self.load_entry()
 
@@ -143,6 +162,8 @@ class WebUI:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         self.script = module.EstLora()
+        runner = SimpleNamespace(alwayson_scripts=[*self.others, self.script], callback_map={"process": "all"})
+        module.scripts.scripts_txt2img = module.scripts.scripts_img2img = runner
         self.script.args_to = len(self.default_arguments())
 
     def default_arguments(self) -> list[Any]:
@@ -259,7 +280,9 @@ class WebUI:
 
     def tell(self, callback: str, p: Processing, **kwargs: Any) -> None:
         """Calls all scripts; what they raise is printed, and the picture goes on."""
-        for script in (*self.others, self.script):
+        alone = getattr(p, "scripts", None)  # a job that is to have but some of them
+        assert alone is None or alone.callback_map == {}
+        for script in alone.alwayson_scripts if alone else (*self.others, self.script):
             function = getattr(script, callback, None)
             if function is None:
                 continue
@@ -310,6 +333,17 @@ class WebUI:
         self.tell("postprocess", p)
         return pictures
 
+    def process_images(self, p: Processing) -> Any:
+        """A job of a script's own."""
+        self.modules["modules.shared"].state.job_count = 9
+        pictures = self.make(p)
+        images = []
+        for picture in pictures:
+            levels = (picture.latent[0, :3].permute(1, 2, 0).tanh() * 127 + 128).byte().numpy()
+            images.append(Image.fromarray(levels))
+            self.modules["modules.shared"].state.assign_current_image(images[-1])
+        return SimpleNamespace(images=images)
+
     def _refresh_button(self, components: Any, refresh: Any, choices: Any, elem_id: str) -> Any:
         made = SimpleNamespace(kind="Refresh", components=components, refresh=refresh, choices=choices, elem_id=elem_id)
         self.components.append(made)
@@ -340,11 +374,19 @@ class Processing:
         self.comments: dict[str, int] = {}
         self.fails_at: int | None = None
         self.hr_extra_network_data = None
+        self.tiling = False
+        self.cached_c = self.cached_uc = web.cached
         vars(self).update(knobs)
 
     @property
     def sd_model(self) -> Any:
         return self.web.sd_model
+
+    def get_token_merging_ratio(self) -> float:
+        return 0.0
+
+    def close(self) -> None:
+        self.sampler = None
 
     def comment(self, text: str) -> None:
         self.comments[text] = 1
@@ -354,11 +396,12 @@ class Processing:
         web = self.web
         hires_steps = (self.hr_second_pass_steps or self.steps) if name.startswith("hr_") else None
         key = (prompts, self.steps, hires_steps, web.sd_model.sd_checkpoint_info, tags)
+        caches = web.caches if self.cached_c is self.cached_uc is web.cached else {}
         for place in (name, *others):
-            cache = web.caches.setdefault(place, [None, None])
+            cache = caches.setdefault(place, [None, None])
             if cache[0] is not None and cache[0] == key:
                 return cache[1]
-        cache = web.caches[name]
+        cache = caches[name]
         cache[1] = web.encode(prompts)
         cache[0] = key
         return cache[1]
@@ -390,7 +433,7 @@ class Processing:
     def sample(self, conditioning, unconditional_conditioning, seeds, subseeds, subseed_strength, prompts) -> Tensor:
         web = self.web
         self.sampler = sampler_of(self)
-        torch.manual_seed(self.iteration)
+        torch.manual_seed(self.iteration + getattr(self, "seed", 0))
         x = torch.randn(1, 4, 5, 5)
         self._before_sampling(x)
         latent = self.sampler.run(self, x, conditioning, unconditional_conditioning)
