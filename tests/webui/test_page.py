@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.extractors import write_dino
 from tests.webui.pictures import est, pair
+from tests.webui.settings import settings
 
 Page = pytest.importorskip("tests.webui.browser", reason="the page is tested with selenium: pip install selenium").Page
 
@@ -247,3 +249,57 @@ def test_how_it_looks(page, webui, sd15, shoot, theme, width):
         assert page.run("return arguments[0].scrollWidth <= arguments[0].clientWidth + 1", panel)
     finally:
         page.driver.set_window_size(1400, 2600)
+
+
+class TestDiscrepancy:
+    """The style discrepancy in the panel."""
+
+    @pytest.fixture
+    def measured(self, webui, chosen, page, tmp_path):
+        """The panel with a pair that is to be measured, in a moment."""
+        with settings(webui, extractor_folder=str(write_dino(tmp_path)), probe_side=64, probe_steps=3):
+            page.set("beta_kind", "measured")
+            page.until(lambda: "measures its style discrepancy" in page.text("known"), "it is said that it isn't known")
+            yield page
+
+    def test_it_is_measured_shown_and_used(self, measured, webui, chosen, shoot):
+        page, before = measured, drawn(measured)
+        page.press("measure_now")
+        page.until(lambda: "The style discrepancy is" in page.text("said"), "it is measured")
+        page.until(lambda: page.is_there(f"{page.id('known')} img"), "the pictures are there")
+        redrawn(page, before)
+        shoot("measured")
+        picture = page.draw()
+        number = re.search(r"EST-LoRA beta: ([\d.]+)", page.infotext)[1]
+        assert f"{float(number):.3g}" in page.text("known")
+        page.set("beta_kind", "fixed")
+        page.until(lambda: page.is_there(page.id("beta_number")), "a number can be set")
+        page.until(lambda: not page.text("known"), "the measured number counts no more")
+        assert np.array_equal(picture, of_api(page, webui, chosen, beta=float(number)))
+
+    def test_the_first_picture_measures_too(self, measured):
+        measured.draw()
+        measured.set("lean", 0.5)
+        measured.until(lambda: measured.is_there(f"{measured.id('known')} img"), "the pictures are there")
+
+    def test_a_number_goes_round(self, measured):
+        page = measured
+        page.set("beta_kind", "fixed")
+        page.until(lambda: page.is_there(page.id("beta_number")), "a number can be set")
+        page.set("beta_number", 0.85)
+        page.until(lambda: page.value("beta") == "0.85", "the knob has it")
+        page.press("insert_tag")
+        page.until(lambda: ":beta=0.85" in page.prompt, "the tag has it")
+        page.set("beta_kind", "measured")
+        page.until(lambda: page.value("beta") == "auto", "the knob has it")
+        page.press("read_tag")
+        page.until(lambda: page.value("beta_kind") == "fixed", "the panel has it")
+        assert float(page.value("beta_number")) == 0.85
+
+    def test_it_can_be_cancelled(self, measured, webui):
+        with settings(webui, probe_steps=100, probe_side=256):
+            measured.press("measure_now")
+            time.sleep(2)
+            measured.press("cancel")
+            measured.until(lambda: "It wasn't measured" in measured.text("said"), "it has ended")
+        assert not measured.is_there(f"{measured.id('known')} img")
