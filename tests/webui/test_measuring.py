@@ -59,13 +59,12 @@ def test_the_first_picture_measures_and_the_second_remembers(probed, sd15):
     assert np.array_equal(first, second)
 
 
-def test_by_default_it_costs_at_most_half_a_picture(probed, family):
-    native = 1024 if family == "sdxl" else 512
-    with settings(probed, probe_side=0, probe_steps=None):
+def test_by_default_it_costs_at_most_half_a_picture(probed, sd15):
+    with settings(probed, probe_side=None, probe_steps=None):
         _, saw, _ = seen(probed, *pair(probed))
     probes = saw["areas"][:-4]
     assert probes
-    assert sum(probes) <= 0.5 * 28 * area_of(native)
+    assert sum(probes) <= 0.5 * 28 * area_of(512)
 
 
 def test_the_number_it_measured_makes_the_same_picture(probed, family):
