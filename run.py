@@ -20,14 +20,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 ROOMS_OF_THE_OLDEST = ("lora", "gate", "fusion", "discrepancy")
-# PyPI's torchvision is built for CUDA: beside a torch that isn't, its operators can't be loaded, and then it can't be
-# imported either. Nothing here calls them, so that it is enough to declare them.
-DECLARATIONS = """
-
-if not _has_ops():  # added by run.py
-    for _name in ("nms", "qnms"):
-        torch.library.define(f"torchvision::{_name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-"""
 # What to install, and the modules to run with their arguments; the last one gets what the user adds.
 COMMANDS = {
     "demo": (["-c", "constraints.txt", "-e", ".[demo]"], [["est_lora", "demo"]]),
@@ -38,7 +30,7 @@ COMMANDS = {
     "test-oldest": (
         [
             *("torch==2.1.2", "numpy==1.26.2", "safetensors==0.4.2", "pytest", "hypothesis", "filelock"),
-            *("torchvision==0.16.2", "timm==0.9.2", "transformers==4.30.2", "huggingface_hub==0.16.4", "pillow==9.5.0"),
+            *("transformers==4.30.2", "huggingface_hub==0.16.4", "pillow==9.5.0"),
         ],
         [["pytest", *(f"tests/{room}" for room in ROOMS_OF_THE_OLDEST), "tests/test_clock.py", "tests/test_config.py"]],
     ),
@@ -77,8 +69,6 @@ def environment(command: str, packages: list[str]) -> str:
         venv.create(folder, with_pip=True, clear=True)
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, *packages], cwd=ROOT, check=True)
-        for operators in folder.rglob("torchvision/extension.py"):
-            operators.write_text(operators.read_text(encoding="utf-8") + DECLARATIONS, encoding="utf-8")
         installed.write_text(wanted, encoding="utf-8")
     return str(python)
 

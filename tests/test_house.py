@@ -31,7 +31,7 @@ ABOVE = {
     "__main__": {"cli"},
 }
 OUTSIDE = {"torch", "safetensors"}
-INSIDE_FUNCTIONS = {"filelock", "huggingface_hub", "PIL", "timm", "transformers"}
+INSIDE_FUNCTIONS = {"filelock", "huggingface_hub", "PIL", "transformers"}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent != PACKAGE)
 FOLDERS = ("benchmarks", "est_lora", "scripts", "tests")
 SOURCES = sorted((*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))))
@@ -83,7 +83,7 @@ def test_importing_below_hosts_brings_no_heavy_package():
 
     code = (
         "import sys; import est_lora.fusion, est_lora.report, est_lora.plot, est_lora.clock, est_lora.discrepancy;"
-        "heavy = {'matplotlib', 'diffusers', 'transformers', 'timm', 'huggingface_hub', 'gradio', 'modules', 'PIL'};"
+        "heavy = {'matplotlib', 'diffusers', 'transformers', 'huggingface_hub', 'gradio', 'modules', 'PIL'};"
         "heavy &= set(sys.modules);"
         "sys.exit(', '.join(heavy) or 0)"
     )

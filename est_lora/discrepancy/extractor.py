@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -21,17 +20,42 @@ from est_lora.errors import EstLoraError, nearest, quote, reason
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-NAMES = ("dino", "clip")
-_REPOSITORY = "timm/vit_small_patch16_224.dino"
-_REVISION = "733b42a211ebe03aa7327050699cfcee7cd96123"
-_CONFIG, _PREPROCESSOR, _WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
-_FILES = {"dino": (_CONFIG, _WEIGHTS), "clip": (_CONFIG, _PREPROCESSOR, _WEIGHTS)}
-_FORMATS = {"dino": "timm's", "clip": "transformers'"}
-_CLIP_KINDS = ("clip", "clip_vision_model")
+_REPOSITORY = "facebook/dino-vits16"
+_REVISION = "a7a4d161f5c0bd70478c05ca5777ec7cd8848021"
+_CONFIG, _PREPROCESSOR, _WEIGHTS = _FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _AUTOCASTING = ("cpu", "cuda")  # devices that every torch can switch automatic casts off for
+# What is taken from a config: the rest of it could make transformers fetch, import or read something else.
+_FIELDS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps"),
+    *("image_size", "patch_size", "num_channels", "qkv_bias", "projection_dim"),
+)
 
 _Embed = Callable[["Image"], Tensor]
+
+
+class _Kind(NamedTuple):
+    """What is an extractor's own: the classes of transformers, and where in the model's output the features are, (d)."""
+
+    model_types: tuple[str, ...]
+    config: str
+    processor: str
+    model: str
+    options: Mapping[str, Any]
+    feature: Callable[[Any], Tensor]
+
+
+_KINDS = {
+    "dino": _Kind(
+        *(("vit",), "ViTConfig", "ViTImageProcessor", "ViTModel", {"add_pooling_layer": False}),
+        lambda output: output.last_hidden_state[0, 0],  # the CLS token after the last norm
+    ),
+    "clip": _Kind(
+        *(("clip", "clip_vision_model"), "CLIPVisionConfig", "CLIPImageProcessor", "CLIPVisionModelWithProjection", {}),
+        lambda output: output.image_embeds[0],
+    ),
+}
+NAMES = tuple(_KINDS)
 
 
 class Extractor(Protocol):
@@ -92,9 +116,9 @@ def open_extractor(
 
     Args:
         name: one of NAMES.
-        folder: where its files are: for `dino` those of a vision transformer of timm (config.json, model.safetensors),
-            for `clip` those of transformers (and preprocessor_config.json). None fetches the published DINO, if it
-            isn't in the cache yet.
+        folder: where its files are, in transformers' format (config.json, preprocessor_config.json,
+            model.safetensors): for `dino` a ViT, for `clip` a CLIP or its image encoder. None fetches the published
+            DINO, if it isn't in the cache yet.
         cache: where fetched files are kept, in the layout of the Hugging Face cache; None for the user's own.
         device: where it computes, in float32 whatever the weights' type.
 
@@ -105,7 +129,7 @@ def open_extractor(
     files = _fetched(cache) if folder is None else _files_in(name, Path(folder))
     try:
         place = torch.device(device)
-        embed = (_dino if name == "dino" else _clip)(files, place)
+        embed = _load(name, files, place)
     except EstLoraError:
         raise
     except Exception as error:  # whatever these libraries raise at files that are wrong
@@ -149,8 +173,9 @@ def _check_name(name: str, folder: Path | None) -> Path | None:
         there = f"did you mean {quote(near[0])}?" if near else f"there are {' and '.join(map(quote, NAMES))}."
         raise EstLoraError(f"There is no extractor {quote(name)}: {there}")
     if folder is None and name != "dino":
-        needed = ", ".join(_FILES[name])
-        raise EstLoraError(f"The extractor {name!r} is never fetched: name a folder that has its files ({needed}).")
+        raise EstLoraError(
+            f"The extractor {name!r} is never fetched: name a folder that has its files ({', '.join(_FILES)})."
+        )
     return folder
 
 
@@ -159,11 +184,9 @@ def _files_in(name: str, folder: Path) -> dict[str, Path]:
     try:
         there = sorted(path.name for path in folder.iterdir() if path.is_file())
     except OSError as error:
-        needed = " and ".join(_FILES[name])
-        raise EstLoraError(
-            f"{quote(folder)} can't be read as a folder with {needed} of the extractor {name!r}: {reason(error)}"
-        ) from error
-    lacking = [file for file in _FILES[name] if file not in there]
+        told = f"can't be read as a folder with {' and '.join(_FILES)} of the extractor {name!r}"
+        raise EstLoraError(f"{quote(folder)} {told}: {reason(error)}") from error
+    lacking = [file for file in _FILES if file not in there]
     pickles = [file for file in there if file.endswith(_PICKLES)]
     if lacking == [_WEIGHTS] and pickles:
         raise EstLoraError(
@@ -175,31 +198,33 @@ def _files_in(name: str, folder: Path) -> dict[str, Path]:
         more = f" and {len(there) - 5} more" if len(there) > 5 else ""
         raise EstLoraError(
             f"{quote(folder)} lacks {' and '.join(lacking)} of the extractor {name!r}, it {inside}{more}:"
-            f" name a folder in {_FORMATS[name]} format."
+            " name a folder in transformers' format."
         )
-    return {file: folder / file for file in _FILES[name]}
+    return {file: folder / file for file in _FILES}
 
 
 def _read_config(name: str, path: Path) -> dict[str, Any]:
+    """The part of a config that tells of the vision transformer."""
+    kinds = _KINDS[name].model_types
+    content = _read_json(path)
+    if content.get("model_type") not in kinds:
+        raise EstLoraError(
+            f"{quote(path)} isn't that of an extractor {name!r}, as it has no 'model_type'"
+            f" {' or '.join(map(quote, kinds))}: name a folder in transformers' format."
+        )
+    part = content.get("vision_config") if content["model_type"] == "clip" else content
+    return part if isinstance(part, dict) else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The names and values in a file; none where it holds something else."""
     try:
-        config = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except OSError as error:
         raise EstLoraError(f"{quote(path)} can't be read: {reason(error)}") from error
     except (ValueError, RecursionError) as error:
         raise EstLoraError(f"{quote(path)} isn't JSON, download it again: {reason(error)}") from error
-    content = config if isinstance(config, dict) else {}
-    if name == "dino":
-        fits = isinstance(content.get("architecture"), str) and isinstance(content.get("pretrained_cfg"), dict)
-        wanted = "'architecture' and 'pretrained_cfg'"
-    else:
-        fits = content.get("model_type") in _CLIP_KINDS
-        wanted = f"'model_type' {' or '.join(map(quote, _CLIP_KINDS))}"
-    if not fits:
-        raise EstLoraError(
-            f"{quote(path)} isn't that of an extractor {name!r}, as it has no {wanted}:"
-            f" name a folder in {_FORMATS[name]} format."
-        )
-    return content
+    return content if isinstance(content, dict) else {}
 
 
 def _fetched(cache: Path | None) -> dict[str, Path]:
@@ -207,7 +232,7 @@ def _fetched(cache: Path | None) -> dict[str, Path]:
     hub = _library("huggingface_hub", "dino")
     published = {"repo_id": _REPOSITORY, "revision": _REVISION, "cache_dir": cache}
     files = {}
-    for file in _FILES["dino"]:
+    for file in _FILES:
         try:
             # Newer versions of `hf_hub_download` ask the network even for what is in the cache.
             found = hub.try_to_load_from_cache(filename=file, **published)
@@ -218,101 +243,47 @@ def _fetched(cache: Path | None) -> dict[str, Path]:
     return files
 
 
-def _dino(files: Mapping[str, Path], device: torch.device) -> _Embed:
-    """A vision transformer of timm: the CLS token after the last norm, as in `forward_features(x)[:, 0]`."""
-    timm, data = _library("timm", "dino"), _library("timm.data", "dino")
-    config = _read_config("dino", files[_CONFIG])
-    model = timm.create_model(_architecture(timm, config), pretrained=False, num_classes=0, **_model_args(timm, config))
-    if getattr(model, "cls_token", None) is None:
-        raise EstLoraError(
-            f"{quote(files[_CONFIG])} is of {quote(config['architecture'])}, which has no class token:"
-            " name a folder with a vision transformer."
-        )
-    prepared = data.create_transform(
-        **data.resolve_data_config({}, pretrained_cfg=config["pretrained_cfg"]), is_training=False
-    )
-    _fill(model, files[_WEIGHTS])
-    model.float().eval().to(device)
-
-    def embed(picture: Image) -> Tensor:
-        with _plainly(device):
-            tokens: Tensor = model.forward_features(prepared(picture)[None].to(device))
-            return tokens[0, 0].float().cpu()
-
-    return embed
-
-
-def _architecture(timm: ModuleType, config: Mapping[str, Any]) -> str:
-    """The name of a model that timm itself has, as names can also be addresses."""
-    name: str = config["architecture"]
-    if not timm.is_model(name):
-        raise EstLoraError(f"timm {timm.__version__} has no model {quote(name)}: install a newer one.")
-    return name
-
-
-def _model_args(timm: ModuleType, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config changes of its architecture; never what is `create_model`'s own, which could load other files."""
-    given = config.get("model_args") or {}
-    if not isinstance(given, dict):
-        raise EstLoraError(f"The 'model_args' in {_CONFIG} can't be {quote(given)}: they are names with values.")
-    own = {*inspect.signature(timm.create_model).parameters, "num_classes"}
-    if refused := sorted(key for key in given if key in own or key.startswith("pretrained")):
-        raise EstLoraError(f"The 'model_args' in {_CONFIG} can't set {quote(refused[0])}: take it out.")
-    return given
-
-
-def _fill(model: torch.nn.Module, path: Path) -> None:
-    """Loads all weights of a model, and no others, from a safetensors file."""
+def _load(name: str, files: Mapping[str, Path], device: torch.device) -> _Embed:
+    """The model of these files, and no others: transformers is given their content, and looks at no folder itself."""
     from safetensors.torch import load_file
 
-    try:
-        weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from error
-    there, wanted = weights.keys(), model.state_dict()
-    wrong = [
-        *(f"lacks {quote(key)}" for key in wanted if key not in there),
-        *(f"has {quote(key)} too much" for key in there if key not in wanted),
-        *(
-            f"has {quote(key)} of another shape"
-            for key in there & wanted.keys()
-            if weights[key].shape != wanted[key].shape
-        ),
-    ]
-    if wrong:
-        raise _misfit(path, wrong)
-    model.load_state_dict(weights)
-
-
-def _clip(files: Mapping[str, Path], device: torch.device) -> _Embed:
-    """The image encoder of a CLIP in transformers' format: `image_embeds`."""
-    transformers = _library("transformers", "clip")
-    folder, weights = str(files[_CONFIG].parent), files[_WEIGHTS]
+    transformers = _library("transformers", name)
+    kind = _KINDS[name]
     # The processor that works on PIL pictures, which is the only one of older versions.
-    kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
-    processor = kind.from_pretrained(folder, local_files_only=True)
-    loudness = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # lest it list the weights of the text encoder, if there is one
+    processors = getattr(transformers, f"{kind.processor}Pil", None) or getattr(transformers, kind.processor)
+    processor = processors.from_dict(_read_json(files[_PREPROCESSOR]))
+    config = _read_config(name, files[_CONFIG])
+    built = getattr(transformers, kind.config)(**{key: config[key] for key in _FIELDS if key in config})
     try:
-        model, loaded = transformers.CLIPVisionModelWithProjection.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        weights = load_file(files[_WEIGHTS])
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(files[_WEIGHTS], error) from error
+    with _quietly(transformers):
+        model, loaded = getattr(transformers, kind.model).from_pretrained(
+            None, config=built, state_dict=weights, output_loading_info=True, **kind.options
         )
-    except SafetensorError as error:
-        raise _unreadable(weights, error) from error
-    finally:
-        transformers.logging.set_verbosity(loudness)
     lacking = sorted(key for key in loaded["missing_keys"] if not key.endswith("position_ids"))  # which are no weights
     if lacking:
-        raise _misfit(weights, [f"lacks {quote(key)}" for key in lacking])
+        raise _misfit(files[_WEIGHTS], lacking)
     model.float().eval().to(device)
 
     def embed(picture: Image) -> Tensor:
         with _plainly(device):
             pixels = processor(images=picture, return_tensors="pt")["pixel_values"]
-            embedded: Tensor = model(pixel_values=pixels.to(device)).image_embeds
-            return embedded[0].float().cpu()
+            return kind.feature(model(pixel_values=pixels.to(device))).float().cpu()
 
     return embed
+
+
+@contextmanager
+def _quietly(transformers: ModuleType) -> Iterator[None]:
+    """Without its list of weights that the model has no use for: of a pooler, of CLIP's text encoder."""
+    loudness = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(loudness)
 
 
 @contextmanager
@@ -348,6 +319,7 @@ def _unreadable(path: Path, error: Exception) -> EstLoraError:
     return EstLoraError(f"{quote(path.resolve())} {told}: {reason(error)}")  # of a cache, the file and not the link
 
 
-def _misfit(path: Path, wrong: Sequence[str]) -> EstLoraError:
-    more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-    return EstLoraError(f"{quote(path)} doesn't fit the {_CONFIG} beside it: it {wrong[0]}{more}; get both again.")
+def _misfit(path: Path, lacking: Sequence[str]) -> EstLoraError:
+    more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+    told = f"doesn't fit the {_CONFIG} beside it: it lacks {quote(lacking[0])}{more}; get both again."
+    return EstLoraError(f"{quote(path)} {told}")

@@ -33,7 +33,6 @@ def tiny(tmp_path):
 
 
 def test_what_reads_real_extractors_reads_the_stand_in(tiny):
-    pytest.importorskip("timm")
     network, folder = tiny
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     with open_extractor("dino", folder=folder, cache=None) as opened:
@@ -44,7 +43,6 @@ def test_what_reads_real_extractors_reads_the_stand_in(tiny):
 
 
 def test_the_study_writes_its_page_and_plots_and_draws_nothing_twice(tiny, tmp_path, capsys, monkeypatch):
-    pytest.importorskip("timm")
     arguments = ["--quick", "--extractor", str(tiny[1]), "--cache", str(tmp_path / "cache")]
     assert main([*arguments, "-o", str(tmp_path / "first")]) == 0
     assert "Defaults: " in capsys.readouterr().out

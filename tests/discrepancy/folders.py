@@ -8,23 +8,45 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from est_lora.discrepancy import open_extractor
 from est_lora.errors import EstLoraError
 
-REVISION = "733b42a211ebe03aa7327050699cfcee7cd96123"
-ARCHITECTURE = "vit_small_patch16_224"
-SMALLER = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2, "drop_path_rate": 0.5}
-PREPROCESSING = {
-    "input_size": [3, 32, 32],
-    "interpolation": "bicubic",
-    "mean": [0.485, 0.456, 0.406],
-    "std": [0.229, 0.224, 0.225],
-    "crop_pct": 0.9,
-    "crop_mode": "center",
+REVISION = "a7a4d161f5c0bd70478c05ca5777ec7cd8848021"
+PUBLISHED = {  # the published DINO's files, word for word
+    "config.json": {
+        "architectures": ["ViTModel"],
+        "attention_probs_dropout_prob": 0.0,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "hidden_size": 384,
+        "image_size": 224,
+        "initializer_range": 0.02,
+        "intermediate_size": 1536,
+        "layer_norm_eps": 1e-12,
+        "model_type": "vit",
+        "num_attention_heads": 6,
+        "num_channels": 3,
+        "num_hidden_layers": 12,
+        "patch_size": 16,
+        "qkv_bias": True,
+        "torch_dtype": "float32",
+        "transformers_version": "4.12.0.dev0",
+    },
+    "preprocessor_config.json": {
+        "do_normalize": True,
+        "do_resize": True,
+        "feature_extractor_type": "ViTFeatureExtractor",
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        "resample": 2,
+        "size": 224,
+    },
 }
-CONFIG = {"architecture": ARCHITECTURE, "model_args": SMALLER, "pretrained_cfg": PREPROCESSING}
+SMALLER = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALLER |= {"image_size": 32, "patch_size": 8, "hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}
+CONFIG = PUBLISHED["config.json"] | SMALLER
+PREPROCESSING = PUBLISHED["preprocessor_config.json"] | {"size": 32}
 PROCESSOR = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 DROPOUT = {"attention_dropout": 0.5}
@@ -41,14 +63,14 @@ def randomly(model):
 
 
 def write_dino(folder, dtype=torch.float32):
-    """Writes a vision transformer; returns it."""
-    import timm
+    """Writes a vision transformer, with a pooler as the published one has; returns it."""
+    import transformers
 
-    model = randomly(timm.create_model(ARCHITECTURE, num_classes=0, **SMALLER)).to(dtype).float()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    save_file({key: weight.to(dtype) for key, weight in model.state_dict().items()}, folder / "model.safetensors")
-    return model
+    model = randomly(transformers.ViTModel(transformers.ViTConfig(**CONFIG))).to(dtype)
+    model.save_pretrained(folder, safe_serialization=True)
+    for file, content in {"config.json": CONFIG, "preprocessor_config.json": PREPROCESSING}.items():
+        (folder / file).write_text(json.dumps(content))
+    return model.float()
 
 
 def write_clip(folder, whole=False):
@@ -64,15 +86,17 @@ def write_clip(folder, whole=False):
         clip.save_pretrained(folder, safe_serialization=True)
     else:
         encoder.save_pretrained(folder, safe_serialization=True)
-    clip_processor().save_pretrained(folder)
+    processor("clip").save_pretrained(folder)
     return encoder
 
 
-def clip_processor():
+def processor(name):
+    """The library's own way to prepare pictures."""
     import transformers
 
-    kind = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
-    return kind(**PROCESSOR)
+    kind = {"dino": "ViTImageProcessor", "clip": "CLIPImageProcessor"}[name]
+    kind = getattr(transformers, f"{kind}Pil", None) or getattr(transformers, kind)
+    return kind(**(PROCESSOR if name == "clip" else PREPROCESSING))
 
 
 def picture(seed, mode="RGB", size=(64, 64)):

@@ -8,22 +8,21 @@ import logging
 import os
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from est_lora.discrepancy import discrepancy, identity, open_extractor
 from est_lora.discrepancy import extractor as module
 from est_lora.errors import EstLoraError
 from tests.discrepancy.folders import (
-    ARCHITECTURE,
-    CONFIG,
-    PREPROCESSING,
+    PUBLISHED,
     change,
-    clip_processor,
     look,
     picture,
+    processor,
     write_clip,
     write_dino,
 )
@@ -35,21 +34,13 @@ LOOKS = [*((mode, (64, 64)) for mode in MODES), *(("RGB", size) for size in SIZE
 
 
 def plain_dino(model, image):
-    """What the paper says, step by step: all blocks, the last norm, the class token."""
-    from timm.data import create_transform, resolve_data_config
-
-    transform = create_transform(**resolve_data_config(pretrained_cfg=PREPROCESSING), is_training=False)
     with torch.no_grad():
-        patches = model.patch_embed(transform(image)[None])
-        tokens = torch.cat([model.cls_token, patches], dim=1) + model.pos_embed
-        for block in model.blocks:
-            tokens = block(tokens)
-        return model.norm(tokens)[0, 0]
+        return model(**processor("dino")(images=image, return_tensors="pt")).last_hidden_state[0, 0]
 
 
 def plain_clip(model, image):
     with torch.no_grad():
-        return model(**clip_processor()(images=image, return_tensors="pt")).image_embeds[0]
+        return model(**processor("clip")(images=image, return_tensors="pt")).image_embeds[0]
 
 
 PLAIN = {"dino": plain_dino, "clip": plain_clip}
@@ -93,18 +84,32 @@ def test_the_same_picture_has_no_discrepancy_and_the_order_is_no_matter(made, na
     assert discrepancy(there) == discrepancy(back)
 
 
-def test_a_whole_clip_will_do(tmp_path):
-    encoder = write_clip(tmp_path / "whole", whole=True)
-    said = []
+@pytest.fixture
+def said():
+    """What transformers says."""
+    records = []
     listener = logging.Handler()
-    listener.emit = said.append
+    listener.emit = records.append
     logging.getLogger("transformers").addHandler(listener)
-    try:
-        features = look("clip", tmp_path / "whole", picture(1))
-    finally:
-        logging.getLogger("transformers").removeHandler(listener)
+    yield records
+    logging.getLogger("transformers").removeHandler(listener)
+
+
+def test_a_whole_clip_will_do(tmp_path, said):
+    encoder = write_clip(tmp_path / "whole", whole=True)
+    said.clear()
+    features = look("clip", tmp_path / "whole", picture(1))
     assert said == []  # of the text encoder's weights
     torch.testing.assert_close(features[0], plain_clip(encoder, picture(1)), rtol=1e-5, atol=1e-5)
+
+
+def test_weights_of_a_pooler_are_passed_over_in_silence(made, dino, said):
+    weights = load_file(dino / "model.safetensors")
+    assert "pooler.dense.weight" in weights
+    features = look("dino", dino, picture(1))
+    assert said == []
+    save_file({key: weight for key, weight in weights.items() if "pooler" not in key}, dino / "model.safetensors")
+    assert torch.equal(look("dino", dino, picture(1)), features)
 
 
 def test_weights_of_half_precision_are_computed_with_in_full(tmp_path):
@@ -125,14 +130,14 @@ def test_a_folder_needs_no_network(made, name, no_network):
     assert no_network == []
 
 
-def test_transformers_speaks_as_loud_as_before(made):
+def test_transformers_speaks_as_loud_as_before(made, name):
     import transformers
 
     before = transformers.logging.get_verbosity()
     try:
         for loudness in (logging.INFO, logging.WARNING):
             transformers.logging.set_verbosity(loudness)
-            look("clip", made["clip"][0], picture(1))
+            look(name, made[name][0], picture(1))
             assert transformers.logging.get_verbosity() == loudness
     finally:
         transformers.logging.set_verbosity(before)
@@ -140,7 +145,7 @@ def test_transformers_speaks_as_loud_as_before(made):
 
 def models(name):
     """The models of a kind that are in memory, by their ids."""
-    kind = {"dino": "VisionTransformer", "clip": "CLIPVisionModelWithProjection"}[name]
+    kind = {"dino": "ViTModel", "clip": "CLIPVisionModelWithProjection"}[name]
     gc.collect()
     return {id(each): weakref.ref(each) for each in gc.get_objects() if type(each).__name__ == kind}
 
@@ -166,12 +171,12 @@ def test_nothing_is_left_after_the_block(folder, name, raises):
 def test_the_devices_memory_is_given_back(dino, monkeypatch, device):
     calls = []
 
-    def load(files, place):
+    def load(name, files, place):
         model = torch.nn.Linear(1, 1)
         calls.append(weakref.ref(model))
         return lambda picture: model.weight[0].detach()
 
-    monkeypatch.setattr(module, "_dino", load)
+    monkeypatch.setattr(module, "_load", load)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(calls[0]()))
     with open_extractor("dino", folder=dino, cache=None, device=device) as extractor:
         assert len(extractor.features([picture(1)])) == 1
@@ -197,10 +202,9 @@ def test_an_identity_tells_weights_apart(made, name, folder):
     seen.add(identity(name, folder))
     os.utime(weights, ns=(times[0], times[1] + 1000))
     seen.add(identity(name, folder))
-    if name == "clip":
-        change(folder / "preprocessor_config.json", do_resize=False)
-        seen.add(identity(name, folder))
-    assert len(seen) == 4 + (name == "clip")
+    change(folder / "preprocessor_config.json", do_resize=False)
+    seen.add(identity(name, folder))
+    assert len(seen) == 5
     os.utime(config)
     (folder / "more.txt").write_text("")
     assert identity(name, folder) in seen
@@ -212,53 +216,76 @@ def test_an_identity_reads_no_weights(name, folder):
 
 
 def test_the_published_weights_have_an_identity_of_their_own(no_network):
-    assert identity("dino", None) == "dino@733b42a2"
+    assert identity("dino", None) == "dino@a7a4d161"
     assert no_network == []
 
 
-def test_a_config_and_a_model_of_full_size(tmp_path):
-    """A config in the form that timm publishes them in, and a model of full size."""
-    import timm
+def by_hand(weights, pixels, heads, epsilon):
+    """What the paper says, step by step, of the published names: all blocks, the last norm, the class token."""
+    act = torch.nn.functional
 
-    published = {
-        "architecture": ARCHITECTURE,
-        "num_classes": 0,
-        "num_features": 384,
-        "global_pool": "token",
-        "pretrained_cfg": {
-            "tag": "dino",
-            "custom_load": False,
-            "input_size": [3, 224, 224],
-            "fixed_input_size": True,
-            "interpolation": "bicubic",
-            "crop_pct": 0.9,
-            "crop_mode": "center",
-            "mean": [0.485, 0.456, 0.406],
-            "std": [0.229, 0.224, 0.225],
-            "num_classes": 0,
-            "pool_size": None,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-            "license": "apache-2.0",
-        },
+    def linear(x, name):
+        return act.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def norm(x, name):
+        return act.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], epsilon)
+
+    patch = (weights[f"embeddings.patch_embeddings.projection.{part}"] for part in ("weight", "bias"))
+    kernel, bias = patch
+    patches = act.conv2d(pixels[None], kernel, bias, stride=kernel.shape[-1]).flatten(2).mT
+    tokens = torch.cat([weights["embeddings.cls_token"], patches], dim=1) + weights["embeddings.position_embeddings"]
+    for layer in (f"encoder.layer.{number}" for number in range(99)):
+        if f"{layer}.layernorm_before.weight" not in weights:
+            break
+        x = norm(tokens, f"{layer}.layernorm_before")
+        query, key, value = (
+            linear(x, f"{layer}.attention.attention.{part}").unflatten(2, (heads, -1)).transpose(1, 2)
+            for part in ("query", "key", "value")
+        )
+        looked = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1) @ value
+        tokens = tokens + linear(looked.transpose(1, 2).flatten(2), f"{layer}.attention.output.dense")
+        x = act.gelu(linear(norm(tokens, f"{layer}.layernorm_after"), f"{layer}.intermediate.dense"))
+        tokens = tokens + linear(x, f"{layer}.output.dense")
+    return norm(tokens, "layernorm")[0, 0]
+
+
+def write_published(folder):
+    """The published files, with random weights by the published names."""
+    config = PUBLISHED["config.json"]
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    shapes = {
+        "embeddings.cls_token": (1, 1, width),
+        "embeddings.position_embeddings": (1, 197, width),
+        "embeddings.patch_embeddings.projection": (width, 3, 16, 16),
+        "layernorm": (width,),
+        "pooler.dense": (width, width),
     }
-    model = timm.create_model(ARCHITECTURE, num_classes=0)
-    assert CONFIG.keys() - published.keys() == {"model_args"}
-    (tmp_path / "config.json").write_text(json.dumps(published))
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
-    image = Image.new("RGB", (512, 512), "teal")
-    features = look("dino", tmp_path, image)
-    assert features.shape == (1, 384)
-    from torchvision import transforms
+    for layer in (f"encoder.layer.{number}" for number in range(config["num_hidden_layers"])):
+        shapes |= {f"{layer}.attention.attention.{part}": (width, width) for part in ("query", "key", "value")}
+        shapes |= {f"{layer}.attention.output.dense": (width, width), f"{layer}.intermediate.dense": (inner, width)}
+        shapes |= {f"{layer}.output.dense": (width, inner)}
+        shapes |= {f"{layer}.layernorm_{place}": (width,) for place in ("before", "after")}
+    generator = torch.Generator().manual_seed(5)
+    weights = {}
+    for name, shape in shapes.items():
+        single = name.startswith("embeddings.") and "projection" not in name
+        weights[name if single else f"{name}.weight"] = 0.05 * torch.randn(shape, generator=generator)
+        if not single:
+            weights[f"{name}.bias"] = 0.05 * torch.randn(shape[:1], generator=generator)
+        if "layernorm" in name:
+            weights[f"{name}.weight"] += 1
+    save_file(weights, folder / "model.safetensors")
+    for file, content in PUBLISHED.items():
+        (folder / file).write_text(json.dumps(content))
+    return weights
 
-    prepare = transforms.Compose(
-        [
-            transforms.Resize(248, transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(224),
-            transforms.ToTensor(),
-            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-        ]
-    )
-    with torch.no_grad():
-        expected = model.eval().forward_features(prepare(image)[None])[:, 0]
-    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+
+def test_files_as_the_published_ones(tmp_path):
+    weights = write_published(tmp_path)
+    assert len(weights) == 200
+    features = look("dino", tmp_path, Image.new("RGB", (512, 512), "teal"), picture(1, size=(224, 224)))
+    assert features.shape == (2, 384)
+    mean, std = (torch.tensor(PUBLISHED["preprocessor_config.json"][key]) for key in ("image_mean", "image_std"))
+    for row, image in zip(features, [Image.new("RGB", (224, 224), "teal"), picture(1, size=(224, 224))]):
+        pixels = (torch.from_numpy(np.array(image)) / 255 - mean) / std
+        torch.testing.assert_close(row, by_hand(weights, pixels.permute(2, 0, 1), 6, 1e-12), rtol=1e-4, atol=1e-4)

@@ -18,14 +18,14 @@ pytestmark = pytest.mark.usefixtures("no_network", "no_pickles")
 @pytest.fixture
 def cache(made, tmp_path):
     """A Hugging Face cache with the published DINO, or rather what stands in for it."""
-    folder = tmp_path / "cache" / "models--timm--vit_small_patch16_224.dino"
+    folder = tmp_path / "cache" / "models--facebook--dino-vits16"
     shutil.copytree(made["dino"][0], folder / "snapshots" / REVISION)
     return tmp_path / "cache"
 
 
 def test_what_is_in_the_cache_needs_no_network(made, cache, no_network):
     with open_extractor("dino", folder=None, cache=cache) as extractor:
-        assert (extractor.name, extractor.identity) == ("dino", "dino@733b42a2")
+        assert (extractor.name, extractor.identity) == ("dino", "dino@a7a4d161")
         features = extractor.features([picture(1)])
     assert torch.equal(features, look("dino", made["dino"][0], picture(1)))
     assert no_network == []
@@ -61,7 +61,7 @@ def hub(made, monkeypatch):
         failure = None
 
         def download(self, *, repo_id, filename, revision, cache_dir):
-            assert (repo_id, revision) == ("timm/vit_small_patch16_224.dino", REVISION)
+            assert (repo_id, revision) == ("facebook/dino-vits16", REVISION)
             self.append((filename, cache_dir))
             if self.failure:
                 raise self.failure
@@ -76,7 +76,7 @@ def test_what_is_not_in_the_cache_is_fetched(made, hub, tmp_path):
     with open_extractor("dino", folder=None, cache=tmp_path) as extractor:
         features = extractor.features([picture(1)])
     assert torch.equal(features, look("dino", made["dino"][0], picture(1)))
-    assert hub == [("config.json", tmp_path), ("model.safetensors", tmp_path)]
+    assert hub == [(file, tmp_path) for file in ("config.json", "preprocessor_config.json", "model.safetensors")]
 
 
 def test_only_what_is_not_in_the_cache_is_fetched(cache, hub):

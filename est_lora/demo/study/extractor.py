@@ -1,12 +1,13 @@
-"""The stand-in for DINO: a small vision transformer, trained on the demo's world, in a folder as timm writes them.
+"""The stand-in for DINO: a small vision transformer, trained on the demo's world, in a folder as DINO's.
 
 It learns to tell object, colour, drawing style and background from its CLS token, and has never seen what the LoRAs
-teach. Its parameters bear timm's names, so that what reads a real extractor reads this one.
+teach. It computes what transformers' ViT computes and is written by its names, so that what reads DINO reads this one.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, interpolate, scaled_dot_product_attention
 from tqdm import tqdm
+from transformers import ViTConfig
 
 from est_lora.demo.train import learning_rate, to_pixels
 from est_lora.demo.world import BACKGROUNDS, COLOURS, OBJECTS, SIZE, STYLES, Scene, draw, random_scene
@@ -28,12 +30,25 @@ LABELS = {
 }
 STEPS = 800
 """How long the stand-in is trained."""
-_CONFIG, _WEIGHTS, _TOLD = "config.json", "model.safetensors", "told.json"
-_EPSILON = 1e-6  # timm's, of every LayerNorm
+_CONFIG, _PREPROCESSOR, _WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
+_TOLD = "told.json"
+_EPSILON = 1e-6  # of every LayerNorm
+# The parts of the network, and what the files of transformers call them.
+_NAMES = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "attn.proj": "attention.output.dense",
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+    "norm": "layernorm",
+}
 
 
 class Size(NamedTuple):
-    """How large a transformer is, by the names of timm's arguments."""
+    """How large a transformer is."""
 
     img_size: int = SIZE
     patch_size: int = 4
@@ -110,26 +125,35 @@ class Transformer(nn.Module):
 
 
 def save(network: Transformer, size: Size, folder: Path) -> None:
-    """Writes the network in timm's folder format; its pictures are to be scaled to [-1, 1]."""
+    """Writes the network as transformers writes a ViT; its pictures are to be scaled to [-1, 1]."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, folder / _WEIGHTS)
-    config = {
-        "architecture": "vit_small_patch16_224",
-        "num_classes": 0,
-        "num_features": size.embed_dim,
-        "global_pool": "token",
-        "model_args": size._asdict(),
-        "pretrained_cfg": {
-            "input_size": [3, size.img_size, size.img_size],
-            "num_classes": 0,
-            "mean": [0.5, 0.5, 0.5],
-            "std": [0.5, 0.5, 0.5],
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-        },
-    }
-    # Written last: a folder with a configuration is whole.
-    (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file(_renamed(network.state_dict()), folder / _WEIGHTS)
+    prepared = {"size": size.img_size, "resample": 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / _PREPROCESSOR).write_text(json.dumps(prepared, indent=2) + "\n", encoding="utf-8")
+    ViTConfig(  # written last: a folder with a configuration is whole
+        hidden_size=size.embed_dim,
+        intermediate_size=4 * size.embed_dim,
+        num_hidden_layers=size.depth,
+        num_attention_heads=size.num_heads,
+        image_size=size.img_size,
+        patch_size=size.patch_size,
+        layer_norm_eps=_EPSILON,
+    ).save_pretrained(folder)
+
+
+def _renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The network's weights by the names that transformers' files have."""
+    result = {}
+    for name, weight in weights.items():
+        block, part = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+?)", name).groups()
+        place = f"encoder.layer.{block}." if block else ""
+        stem, dot, kind = part.rpartition(".") if part not in _NAMES else (part, "", "")
+        if stem == "attn.qkv":
+            for third, value in zip(("query", "key", "value"), weight.chunk(3)):
+                result[f"{place}attention.attention.{third}.{kind}"] = value.contiguous()
+        else:
+            result[f"{place}{_NAMES[stem]}{dot}{kind}"] = weight.contiguous()
+    return result
 
 
 def is_there(folder: Path) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from textwrap import fill
+
 import numpy as np
 
 from est_lora.demo.study.figures import Findings
@@ -89,12 +91,21 @@ how the choice is made."""
 _GIVEN = """\
 The extractor is one that was given, and not the stand-in that this study trains by itself."""
 
+_SPOKEN = {
+    "seed": "the seed",
+    "prompt, with both trigger words": "the wording of a prompt with both trigger words",
+    "prompt, any": "the choice among all prompts",
+    "steps": "the steps",
+    "side": "the side",
+}
+"""What is varied, as a sentence has it."""
+
 _IN_SHORT = """\
 - Defaults: {steps} steps at {share:g} of the native side, seed {seed}; cost {cost:g} of {budget:g}.
 - `D` is {mean:.3f} on average, from {least:.3f} to {most:.3f} by pair; between pairs it has a standard deviation of
   {between:.3f}.
 - Within a pair the seed moves it by {by_seed:.3f}, the wording of a prompt with both trigger words by {by_words:.3f}, any
-  prompt by {by_prompt:.3f} (standard deviations): {order}.
+  prompt by {by_prompt:.3f} (standard deviations). {order}
 - The default probe is off by {error:.3f}, which is {comparison} the {constant:.3f} of giving all pairs their mean; a
   single probe with the reference's own settings is off by {reference_error:.3f}.
 - 0.1 more of `beta` moves {hands} of the gated layers x progress from the subject to the style. The default probe's error
@@ -150,10 +161,10 @@ def write(found: Findings, told: dict[str, float]) -> str:
 
 
 def in_short(found: Findings) -> str:
-    """The main figures, a line each."""
+    """The main figures, a point each."""
     best, spreads = found.best, found.spreads
     reference = next(score for score in found.scores if score.probe == found.plan.reference)
-    return _IN_SHORT.format(
+    text = _IN_SHORT.format(
         steps=best.probe.steps,
         share=best.probe.side / SIZE,
         seed=SEED,
@@ -176,13 +187,22 @@ def in_short(found: Findings) -> str:
         hands_reference=_percent(found.hands_reference),
         hands_half=_percent(found.hands_half),
     )
+    return _bullets(text)
 
 
 def _order(found: Findings) -> str:
-    beyond = [f'"{name}"' for name, each in found.spreads.items() if each.within > found.between]
+    beyond = [_SPOKEN[name] for name, each in found.spreads.items() if each.within > found.between]
     if not beyond:
-        return "nothing that was varied moves it more than the choice of the pair does"
-    return f"more than the choice of the pair moves it {', '.join(beyond)}"
+        return "Nothing that was varied moves it more than the choice of the pair does."
+    *others, last = beyond
+    who = f"{', '.join(others)} and {last} move" if others else f"{last} moves"
+    return f"Of all that was varied, {who} it more than the choice of the pair does."
+
+
+def _bullets(text: str) -> str:
+    """The points of a list, each wrapped anew."""
+    points = [" ".join(point.split()) for point in f"\n{text}".split("\n- ")[1:]]
+    return "\n".join(fill(f"- {point}", 120, subsequent_indent="  ", break_on_hyphens=False) for point in points)
 
 
 def _pair_table(found: Findings) -> str:
@@ -238,7 +258,7 @@ def _defaults(found: Findings) -> str:
     if neither := _mean_with(found, [name for name in found.plan.prompts if "{" not in PROMPTS[name]]):
         both = _mean_with(found, [name for name in found.plan.prompts if has_both(name)])
         reason += f": `D` is {neither:.3f} on average with the words of neither, and {both:.3f} with those of both"
-    return _DEFAULTS.format(
+    text = _DEFAULTS.format(
         steps=best.probe.steps,
         share=best.probe.side / SIZE,
         count=sum(score.affordable for score in found.scores),
@@ -253,6 +273,7 @@ def _defaults(found: Findings) -> str:
         several=_several(found),
         prompt_reason=f"{reason}.",
     )
+    return _bullets(text)
 
 
 def _several(found: Findings) -> str:
