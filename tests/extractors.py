@@ -27,8 +27,9 @@ def write_dino(folder: Path, seed: int = 0) -> Path:
     model = transformers.ViTModel(transformers.ViTConfig(**SMALLER), add_pooling_layer=False)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for weight in model.parameters():
-            weight.normal_(0, 0.3, generator=generator)
+        for name, weight in model.named_parameters():
+            mean = float("layernorm" in name and name.endswith("weight"))
+            weight.normal_(mean, 0.2, generator=generator)
     model.save_pretrained(folder, safe_serialization=True)
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR), encoding="utf-8")
     return folder

@@ -90,9 +90,10 @@ def identity(name: str, folder: Path | None) -> str:
     Raises:
         EstLoraError: there is no such extractor, or the folder doesn't hold one.
     """
-    if _check_name(name, folder) is None:
+    _check_name(name, folder)
+    if folder is None:
         return f"{name}@{_REVISION[:8]}"
-    files = _files_in(name, Path(folder))  # type: ignore[arg-type]
+    files = _files_in(name, Path(folder))
     _read_config(name, files[_CONFIG])
     digest = hashlib.sha256()
     try:
@@ -167,7 +168,7 @@ class _Opened:
             raise EstLoraError(f"{told}: {reason(error)}") from error
 
 
-def _check_name(name: str, folder: Path | None) -> Path | None:
+def _check_name(name: str, folder: Path | None) -> None:
     if name not in NAMES:
         near = nearest(str(name), NAMES)
         there = f"did you mean {quote(near[0])}?" if near else f"there are {' and '.join(map(quote, NAMES))}."
@@ -176,7 +177,6 @@ def _check_name(name: str, folder: Path | None) -> Path | None:
         raise EstLoraError(
             f"The extractor {name!r} is never fetched: name a folder that has its files ({', '.join(_FILES)})."
         )
-    return folder
 
 
 def _files_in(name: str, folder: Path) -> dict[str, Path]:

@@ -97,7 +97,7 @@ def test_a_config_that_is_no_json(folder, name, content):
     "content",
     [
         *([], None, 5, "x", {}, {"model_type": "dinov2"}, {"model_type": ["vit"]}, {"model_type": None}),
-        {"architecture": "vit_small_patch16_224", "pretrained_cfg": {}},
+        {"architectures": ["ViTModel"]},
     ],
 )
 def test_a_config_of_another_kind(folder, name, content):

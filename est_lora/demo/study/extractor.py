@@ -158,7 +158,7 @@ def _renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def is_there(folder: Path) -> bool:
     """Whether `folder` holds an extractor."""
-    return (folder / _CONFIG).is_file() and (folder / _WEIGHTS).is_file()
+    return all((folder / file).is_file() for file in (_CONFIG, _PREPROCESSOR, _WEIGHTS))
 
 
 def told(folder: Path) -> dict[str, float]:
