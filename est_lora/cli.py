@@ -1,4 +1,4 @@
-"""The command line: `est-lora demo`, `est-lora inspect`, `est-lora generate`."""
+"""The command line: `est-lora demo`, `est-lora inspect`, `est-lora measure`, `est-lora generate`."""
 
 from __future__ import annotations
 
@@ -87,14 +87,31 @@ def _parser() -> argparse.ArgumentParser:
     _add_knobs(inspect)
     inspect.set_defaults(run=_inspect)
 
+    measure = commands.add_parser("measure", help="how different two files' pictures look", allow_abbrev=False)
+    measure.description = (
+        "Prints the style discrepancy of two LoRA files, which beta is by default: two pictures are drawn, one with each"
+        " LoRA alone, and compared. It is remembered."
+    )
+    for name in FILES:
+        measure.add_argument(name, metavar=name.upper(), help=f"the {name}'s .safetensors file")
+    _add_model(measure)
+    measure.add_argument(
+        "--prompt", default="", metavar="TEXT", help="what to draw if not both files name words of their own"
+    )
+    _add_extractor(measure)
+    measure.add_argument("--seed", metavar="N", help="seed of both pictures (default 0)")
+    measure.add_argument("--side", metavar="N", help="of the square pictures, pixels (default: the model's own)")
+    measure.add_argument("--steps", metavar="N", help="sampling steps (default 7)")
+    measure.add_argument("--scheduler", metavar="NAME", help="e.g. euler, dpm++2m, ddim (default euler)")
+    measure.add_argument("--guidance", metavar="X", help="guidance scale (default 7)")
+    measure.add_argument("--again", action="store_true", help="measure also what is remembered")
+    _add_device(measure)
+    measure.add_argument("-o", "--output", metavar="FILE.png", help="also save both pictures there, side by side")
+    measure.set_defaults(run=_measure)
+
     generate = commands.add_parser("generate", help="make pictures with a model of yours", allow_abbrev=False)
     generate.description = "Makes pictures with a Stable Diffusion 1, 2 or XL model: one file, or diffusers' folder."
-    generate.add_argument("--model", required=True, metavar="PATH", help="a .safetensors file or diffusers' folder")
-    generate.add_argument(
-        "--config",
-        metavar="FOLDER",
-        help="for a file: a folder in diffusers' format to configure it by, without network",
-    )
+    _add_model(generate)
     for name in FILES:
         generate.add_argument(f"--{name}", required=True, metavar="FILE", help=f"the {name}'s .safetensors file")
     generate.add_argument("--prompt", required=True, metavar="TEXT", help="what to draw")
@@ -106,12 +123,35 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seeds", metavar="LIST", help="instead of these two: seeds and ranges, e.g. 3,7,11-14")
     generate.add_argument("--size", metavar="WxH", help="pixels, e.g. 768x512 or 512 (default: the model's own)")
     generate.add_argument("--scheduler", metavar="NAME", help="e.g. euler, dpm++2m, ddim (default: the model's own)")
-    generate.add_argument("--device", metavar="NAME", help="e.g. cuda, mps, cpu (default: the fastest there is)")
-    generate.add_argument("--dtype", metavar="TYPE", help="float32, float16 or bfloat16 (default: float16 on cuda)")
+    _add_device(generate)
+    _add_extractor(generate)
     _add_output(generate, "est-lora-out")
     _add_knobs(generate)
     generate.set_defaults(run=_generate)
     return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="PATH", help="a .safetensors file or diffusers' folder")
+    parser.add_argument(
+        "--config",
+        metavar="FOLDER",
+        help="for a file: a folder in diffusers' format to configure it by, without network",
+    )
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", metavar="NAME", help="e.g. cuda, mps, cpu (default: the fastest there is)")
+    parser.add_argument("--dtype", metavar="TYPE", help="float32, float16 or bfloat16 (default: float16 on cuda)")
+
+
+def _add_extractor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--extractor", default="dino", metavar="NAME", help="what beta is measured with: dino or clip (default dino)"
+    )
+    parser.add_argument(
+        "--weights", metavar="FOLDER", help="the folder of its weights (default: DINO's, fetched once, 87 MB)"
+    )
 
 
 def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
@@ -134,10 +174,11 @@ def _config(args: argparse.Namespace) -> FusionConfig:
     return FusionConfig.of({key: value for key, value in given.items() if value is not None})
 
 
-def _whole(args: argparse.Namespace, name: str, low: int, high: int) -> int:
+def _whole(args: argparse.Namespace, name: str, low: int, high: int, multiple: int = 1) -> int:
     text = getattr(args, name)
-    if not re.fullmatch(r"[0-9]{1,20}", text) or not low <= int(text) <= high:
-        raise EstLoraError(f"--{name} can't be {quote(text)}: it is a whole number from {low} to {high}.")
+    if not re.fullmatch(r"[0-9]{1,20}", text) or not low <= int(text) <= high or int(text) % multiple:
+        kind = "a whole number" if multiple == 1 else f"a multiple of {multiple}"
+        raise EstLoraError(f"--{name} can't be {quote(text)}: it is {kind} from {low} to {high}.")
     return int(text)
 
 
@@ -194,6 +235,56 @@ def _save_map(plan: Any, path: Path) -> None:
         raise EstLoraError(f"The gate map can't be written to {quote(path)}: {reason(error)}") from error
 
 
+def _measure(args: argparse.Namespace) -> None:
+    wishes: dict[str, Any] = {
+        name: _whole(args, name, *bounds)
+        for name, bounds in {"seed": (0, _MOST_SEED), "side": (8, 2048, 8), "steps": (1, 150)}.items()
+        if getattr(args, name) is not None
+    }
+    if args.scheduler is not None:
+        wishes["sampler"] = args.scheduler
+    if args.guidance is not None:
+        wishes["guidance"] = _guidance(args.guidance)
+    output = _output_file(args)
+    try:
+        from est_lora.hosts.measuring import measure_files
+        from est_lora.stored import write_whole
+    except ImportError as error:
+        raise EstLoraError("measure " + _NEEDS_DEMO.format(error.name)) from error
+    importlib.import_module("est_lora.demo.model")
+    measured = measure_files(
+        Path(args.model),
+        None if args.config is None else Path(args.config),
+        args.subject,
+        args.style,
+        wishes=wishes,
+        device=args.device,
+        dtype=args.dtype,
+        extractor=args.extractor,
+        folder=None if args.weights is None else Path(args.weights),
+        prompt=args.prompt,
+        again=args.again,
+    )
+    if output is not None:
+        if measured.png is None:
+            raise EstLoraError("This is remembered, but its pictures aren't kept any more: add --again to draw them.")
+        write_whole(output, measured.png)
+    known = "remembered" if measured.remembered else "measured"
+    where = "aren't kept" if measured.pictures is None else f"are in {quote(measured.pictures)}"
+    print(f"est-lora: {known}; the pictures {where}.", file=sys.stderr)
+    print(f"{measured.value:.6f}")
+
+
+def _output_file(args: argparse.Namespace) -> Path | None:
+    """Where a picture is to go, as far as it can be known that it can."""
+    if args.output is None:
+        return None
+    path = Path(args.output)
+    if path.suffix != ".png" or path.is_dir() or not path.parent.is_dir():
+        raise EstLoraError(f"The pictures can't go to {quote(path)}: give a .png file in a folder that is there.")
+    return path
+
+
 def _generate(args: argparse.Namespace) -> None:
     fusion, folder = _config(args), _output(args)
     steps, guidance = _whole(args, "steps", 1, 1000), _guidance(args.guidance)
@@ -217,8 +308,10 @@ def _generate(args: argparse.Namespace) -> None:
         device=args.device,
         dtype=args.dtype,
         folder=folder,
+        extractor=args.extractor,
+        weights=None if args.weights is None else Path(args.weights),
     )
-    for output in generate(request):
+    for output in generate(request, lambda text: print(f"est-lora: {text}", file=sys.stderr)):
         if output.found:
             print(f"est-lora: {quote(output.path)} is there already.", file=sys.stderr)
         print(output.path, flush=True)

@@ -236,7 +236,11 @@ def _fetched(cache: Path | None) -> dict[str, Path]:
         try:
             # Newer versions of `hf_hub_download` ask the network even for what is in the cache.
             found = hub.try_to_load_from_cache(filename=file, **published)
-            files[file] = Path(found if isinstance(found, str) else hub.hf_hub_download(filename=file, **published))
+            if not isinstance(found, str):
+                # Without a network this fails at once, and the download only after half a minute of trying again.
+                hub.get_hf_file_metadata(hub.hf_hub_url(_REPOSITORY, file, revision=_REVISION))
+                found = hub.hf_hub_download(filename=file, **published)
+            files[file] = Path(found)
         except Exception as error:  # of the network, the disk, or the site, each library's own kind
             told = f"The DINO weights can't be fetched ({reason(error).rstrip('.')})"
             raise EstLoraError(f"{told}: connect once, or name a folder that has them.") from error

@@ -214,20 +214,15 @@ class Memory:
         try:
             if pictures:
                 path.parent.mkdir(exist_ok=True)
-                write_whole(path, _side_by_side(*pictures))
+                write_whole(path, side_by_side(*pictures))
             else:
                 path.unlink(missing_ok=True)
         except (OSError, ValueError) as error:  # the disk's, and that of pictures that PIL can't convert
             self.remarks.append(f"The probe pictures can't be kept in {quote(path.parent)}: {reason(error)}")
 
 
-def _is_value(value: object) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and 0 <= value <= 2  # type: ignore[operator]
-
-
-def _side_by_side(left: Image, right: Image) -> bytes:
-    """Both pictures in one, as a PNG."""
+def side_by_side(left: Image, right: Image) -> bytes:
+    """The PNG of two pictures beside one another."""
     from PIL import Image
 
     both = Image.new("RGB", (left.width + right.width, max(left.height, right.height)))
@@ -236,3 +231,8 @@ def _side_by_side(left: Image, right: Image) -> bytes:
     stream = io.BytesIO()
     both.save(stream, "PNG")
     return stream.getvalue()
+
+
+def _is_value(value: object) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 <= value <= 2  # type: ignore[operator]

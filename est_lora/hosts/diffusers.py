@@ -48,9 +48,7 @@ def fuse(
         EstLoraError: a knob or a file can't be used. Nothing is attached then.
     """
     config = FusionConfig.of({"subject": subject, "style": style, **knobs})
-    unet = getattr(pipe, "unet", None)
-    if not isinstance(unet, nn.Module):
-        raise EstLoraError(f"A {type(pipe).__name__} has no UNet: fuse takes Stable Diffusion 1, 2 and XL pipelines.")
+    unet = unet_of(pipe)
     _check_scheduler(pipe.scheduler)
     session = FusionSession(unet, load_plan(config, pipe))
 
@@ -70,6 +68,18 @@ def fuse(
         for each in sessions[1:]:
             each.at(0.0)  # a text encoder has no progress: what acts there acts always
         yield session
+
+
+def unet_of(pipe: Any) -> nn.Module:
+    """The model that a fusion works in.
+
+    Raises:
+        EstLoraError: the pipeline has none.
+    """
+    unet = getattr(pipe, "unet", None)
+    if not isinstance(unet, nn.Module):
+        raise EstLoraError(f"A {type(pipe).__name__} has no UNet: fuse takes Stable Diffusion 1, 2 and XL pipelines.")
+    return unet
 
 
 def _text_sessions(pipe: Any, plan: FusionPlan) -> Iterator[FusionSession]:

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from est_lora import __version__
-from est_lora.config import FusionConfig
-from est_lora.errors import EstLoraError, quote, reason
+from est_lora.config import AUTO, FusionConfig
+from est_lora.discrepancy import identity
+from est_lora.errors import EstLoraError
 from est_lora.hosts import pictures
-from est_lora.hosts.checkpoint import load_checkpoint
 from est_lora.hosts.diffusers import fuse, load_plan
-from est_lora.hosts.diffusers_loading import device_and_dtype, load_pipeline, sampler_names, set_scheduler
+from est_lora.hosts.diffusers_loading import device_and_dtype, sampler_names, set_scheduler
+from est_lora.hosts.drawing import draw, size_of
+from est_lora.hosts.measuring import measure, scheduled, told_by_sums
+from est_lora.hosts.models import files_of, open_model
 from est_lora.lora.reading import sha256
 from est_lora.lora.scaling import config_beside
 from est_lora.text import infotext
 
-_CONFIGURATIONS = (".json", ".txt")  # also of schedulers and tokenizers
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Request:
         scheduler: one of `SCHEDULERS`; None for the model's own.
         device, dtype: where and in what to compute; None for the best there is.
         folder: where the pictures go.
+        extractor, weights: where `beta` is to be measured, what compares the pictures, and the folder of its weights;
+            None for the published ones.
     """
 
     model: Path
@@ -57,6 +60,8 @@ class Request:
     scheduler: str | None = None
     device: str | None = None
     dtype: str | None = None
+    extractor: str = "dino"
+    weights: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,12 @@ class Output:
     found: bool = False
 
 
-def generate(request: Request) -> Iterator[Output]:
+def generate(request: Request, say: Callable[[str], None] = log.info) -> Iterator[Output]:
     """Makes the pictures that aren't there yet, in the order of their seeds, then the contact sheets if there are several.
+
+    Args:
+        request: which.
+        say: is told in a sentence what takes time, or is done otherwise than was asked.
 
     Raises:
         EstLoraError: something of the request can't be done. Nothing is written then, unless it shows in a later picture.
@@ -76,78 +85,75 @@ def generate(request: Request) -> Iterator[Output]:
     device, dtype = device_and_dtype(request.device, request.dtype)
     load_plan(request.fusion)  # says what is wrong with the files before minutes go into loading the model
     infotext.write(request.prompt, request.negative, {})  # and the same of the prompts
-    pipe = _load(request, device, dtype)
-    width, height = request.size or _size_of(pipe)
+    identity(request.extractor, request.weights)  # and of what compares pictures
+    pipe = open_model(request.model, request.configs, device, dtype)
+    own = pipe.scheduler
+    if request.scheduler is not None:
+        set_scheduler(pipe, request.scheduler)
+    size = request.size or size_of(pipe)
     sampler, schedule = sampler_names(pipe.scheduler)
     loras = [Path(path) for path in request.fusion.pair()]
     settings = filter(None, map(config_beside, loras))
-    sums = {path: sha256(path) for path in [*loras, *settings, *_files_of(request)]}
+    files = files_of(request.model, request.configs)
+    sums = {path: sha256(path) for path in [*loras, *settings, *files]}
+    fusion = request.fusion
+    if fusion.beta == AUTO and fusion.method == "est":
+        found = _discrepancy(pipe, own, request, told_by_sums(sums[path] for path in files), say)
+        fusion = fusion if found is None else dataclasses.replace(fusion, beta=found)
     values = {
         "Steps": request.steps,
         "Sampler": sampler,
         "Schedule type": schedule,
         "CFG scale": request.guidance,
         "Seed": 0,
-        "Size": f"{width}x{height}",
+        "Size": f"{size[0]}x{size[1]}",
         "Model hash": sums[request.model][:10] if request.model.is_file() else None,
         "Model": _name_of(request.model),
-        **infotext.fusion(request.fusion),
+        **infotext.fusion(fusion),
         "EST-LoRA dtype": str(dtype).removeprefix("torch."),
         "EST-LoRA fingerprint": _fingerprint(sums.values(), pipe.scheduler),
         "Lora hashes": infotext.lora_hashes((path.stem, sha256(path, header=False)[:12]) for path in loras),
         "Version": f"est-lora {__version__}",
     }
     made: list[Path] = []
-    with fuse(pipe, **dataclasses.asdict(request.fusion)):
+    with fuse(pipe, **dataclasses.asdict(fusion)):
         for seed in request.seeds:
             text = infotext.write(request.prompt, request.negative, {**values, "Seed": seed})
             path = there = pictures.find(request.folder, seed, text)
             if path is None:
                 pipe.set_progress_bar_config(desc=f"picture {len(made) + 1} of {len(request.seeds)}")
-                picture = _draw(pipe, request, seed, width, height)
-                path = pictures.save(picture, request.folder, seed, text)
+                drawn = draw(
+                    pipe,
+                    prompt=request.prompt,
+                    negative=request.negative,
+                    steps=request.steps,
+                    guidance=request.guidance,
+                    seed=seed,
+                    size=size,
+                )
+                path = pictures.save(drawn.images[0], request.folder, seed, text)
             made.append(path)
             yield Output(path, found=there is not None)
     if len(made) > 1:
         yield from map(Output, pictures.contact_sheets(made))
 
 
-def _load(request: Request, device: str, dtype: torch.dtype) -> Any:
-    if request.model.is_file() or (request.model.suffix == ".safetensors" and not request.model.is_dir()):
-        pipe = load_checkpoint(request.model, request.configs, device, dtype)
-    elif request.configs is not None:
-        raise EstLoraError(
-            f"--config is for a model in one file, and {quote(request.model)} isn't a file: leave --config out."
-        )
-    else:
-        pipe = load_pipeline(request.model, device, dtype)
-    if request.scheduler is not None:
-        set_scheduler(pipe, request.scheduler)
-    return pipe
-
-
-def _draw(pipe: Any, request: Request, seed: int, width: int, height: int) -> Any:
+def _discrepancy(pipe: Any, own: Any, request: Request, model: str, say: Callable[[str], None]) -> float | None:
+    """The pair's, remembered or measured with the model's own scheduler; None where neither can be."""
     try:
-        return pipe(
-            prompt=request.prompt,
-            negative_prompt=request.negative,
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance,
-            width=width,
-            height=height,
-            generator=torch.Generator().manual_seed(seed),
-        ).images[0]
-    except EstLoraError:
-        raise
-    except (RuntimeError, ValueError) as error:  # out of memory, or more than this model or scheduler can do
-        raise EstLoraError(f"The picture can't be made this way: {reason(error)}") from error
-
-
-def _size_of(pipe: Any) -> tuple[int, int]:
-    """Width and height in pixels that the model was made for."""
-    latents = pipe.unet.config.sample_size
-    height, width = (latents, latents) if isinstance(latents, int) else latents
-    return width * pipe.vae_scale_factor, height * pipe.vae_scale_factor
+        with scheduled(pipe, own):
+            return measure(
+                pipe,
+                *request.fusion.pair(),
+                prompt=request.prompt,
+                extractor=request.extractor,
+                folder=request.weights,
+                model=model,
+                say=say,
+            ).value
+    except EstLoraError as error:
+        say(f"The style discrepancy can't be measured, and for beta 0.5 is taken: {error}")
+        return None
 
 
 def _name_of(model: Path) -> str:
@@ -159,19 +165,3 @@ def _fingerprint(sums: Iterable[str], scheduler: Any) -> str:
     settings = {key: str(value) for key, value in scheduler.config.items() if not key.startswith("_")}
     told = [*sums, type(scheduler).__name__, *map(repr, sorted(settings.items()))]
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]
-
-
-def _files_of(request: Request) -> list[Path]:
-    """The files of the model that a picture depends on."""
-    if not request.model.is_file():
-        return _files_in(request.model, (*_CONFIGURATIONS, ".safetensors"))
-    return [request.model, *(_files_in(request.configs, _CONFIGURATIONS) if request.configs else [])]
-
-
-def _files_in(folder: Path, endings: tuple[str, ...]) -> list[Path]:
-    found, seen = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(place))
-        folders[:] = [name for name in folders if os.path.realpath(os.path.join(place, name)) not in seen]
-        found += [path for name in names if (path := Path(place, name)).suffix in endings and path.is_file()]
-    return sorted(found)

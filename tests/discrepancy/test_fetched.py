@@ -69,6 +69,7 @@ def hub(made, monkeypatch):
 
     hub = Hub()
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.download)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: None)
     return hub
 
 
@@ -118,3 +119,14 @@ def test_offline(tmp_path, monkeypatch):
         EstLoraError, match=r"^The DINO weights can't be fetched \(.*\): connect once, or name a folder"
     ):
         open_extractor("dino", folder=None, cache=tmp_path).__enter__()
+
+
+def test_without_a_network_nothing_is_waited_for(tmp_path, monkeypatch, no_network):
+    """The real library, which would try again for half a minute."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it is tried again"))
+    with pytest.raises(EstLoraError, match="be fetched .*Name or service not known.*: connect once"):
+        open_extractor("dino", folder=None, cache=tmp_path).__enter__()
+    assert len(no_network) == 1

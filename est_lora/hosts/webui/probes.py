@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from est_lora.config import FIELDS, FILES
 from est_lora.discrepancy import ProbeSettings
 from est_lora.errors import EstLoraError
+from est_lora.hosts.drawing import random_kept
 from est_lora.hosts.webui import infotext
 
 # What a job leaves in the host's state, which the progress bar and the preview show. Not what stops jobs: whoever
@@ -109,7 +106,7 @@ def _beside(p: Any) -> Iterator[None]:
     from modules import paths, shared
 
     with ExitStack() as undone:
-        undone.enter_context(_random())
+        undone.enter_context(random_kept())
         state = shared.state
         kept = {name: getattr(state, name) for name in _STATE if hasattr(state, name)}
         undone.callback(vars(state).update, kept)
@@ -136,15 +133,3 @@ def _reset_model(p: Any, forge_objects: Any) -> None:
     else:
         sd_hijack.model_hijack.apply_circular(p.tiling)
         sd_models.apply_token_merging(p.sd_model, p.get_token_merging_ratio())
-
-
-@contextmanager
-def _random() -> Iterator[None]:
-    """All random numbers go on afterwards where they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
