@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+
 import torch
 from hypothesis import settings
 
+# No test asks the network, or finds what this machine has fetched for others. The library reads this once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_CACHE"] = os.path.join(tempfile.gettempdir(), "est-lora-tests-fetch-nothing")
 # The tensors of the tests are tiny: a second thread costs more than it brings, and sums stay reproducible.
 torch.set_num_threads(1)
 settings.register_profile("est-lora", deadline=None, derandomize=True)

@@ -222,7 +222,7 @@ def test_a_digest_is_the_same_everywhere():
         ("seed", True, "seed can't be 'True'"),
         ("seed", "7", "seed can't be '7'"),
         ("seed", 10**5000, "seed can't be 'a very long int'"),
-        ("side", 63, "side can't be '63': it is a whole number in 64 ... 2048."),
+        ("side", 0, "side can't be '0': it is a whole number in 8 ... 2048."),
         ("side", 2056, "side can't be '2056'"),
         ("side", 100, "side can't be 100: it is a multiple of 8."),
         ("steps", 0, "steps can't be '0': it is a whole number in 1 ... 150."),
