@@ -287,13 +287,15 @@ SAYS = {
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-@pytest.mark.parametrize("command", ["inspect", "generate"])
+@pytest.mark.parametrize("command", ["inspect", "measure", "generate"])
 def test_a_bad_file_costs_one_sentence(run, tmp_path, case, command):
     write(tmp_path / "style.safetensors", random_lora(2, context=768 if case == "another model" else 40))
     BAD_FILES[case](tmp_path / "stale.safetensors")
     before = listing(tmp_path)
     if command == "inspect":
         arguments = ["stale.safetensors", "style.safetensors", "--plot", "map.png"]
+    elif command == "measure":
+        arguments = ["stale.safetensors", "style.safetensors", "--model", "m", "-o", "both.png"]
     else:
         arguments = ["--subject", "stale.safetensors", "--style", "style.safetensors", "--prompt", "x", "--model", "m"]
     code, out, err = run(command, *arguments)
@@ -415,15 +417,18 @@ def test_an_error_without_a_file_and_a_missing_package_cost_one_sentence(pair, r
 
     monkeypatch.setattr(FusionConfig, "pair", broken)
     assert_refused(*run("inspect", "subject.safetensors", "style.safetensors"), "libfast.so: cannot open")
+    monkeypatch.setitem(sys.modules, "est_lora.hosts.measuring", None)
+    assert_refused(*run("measure", "subject.safetensors", "style.safetensors", "--model", "m"), "aren't installed")
     monkeypatch.setitem(sys.modules, "est_lora.gate", None)
     assert_refused(*run("inspect", "subject.safetensors", "style.safetensors"), "packages that aren't installed")
 
 
 def test_no_command_and_help(run):
     assert_refused(*run(), "required")
-    with pytest.raises(SystemExit) as stopped:
-        run("generate", "--help")
-    assert stopped.value.code == 0
+    for command in ("measure", "generate"):
+        with pytest.raises(SystemExit) as stopped:
+            run(command, "--help")
+        assert stopped.value.code == 0
 
 
 def test_ctrl_c_is_no_traceback(run, pair, monkeypatch):
