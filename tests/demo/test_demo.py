@@ -168,7 +168,8 @@ def test_what_the_pipeline_refuses_costs_one_sentence(tmp_path, capsys, monkeypa
         raise RuntimeError("not enough memory\nand more lines")
 
     monkeypatch.setattr(StableDiffusionPipeline, "__call__", refuses)
-    assert main(["generate", "--model", str(BASE), *FILES, "--prompt", "x", "-o", str(tmp_path / "out")]) == 2
+    request = ["--model", str(BASE), *FILES, "--prompt", "x", "--beta", "0.4", "-o", str(tmp_path / "out")]
+    assert main(["generate", *request]) == 2
     assert capsys.readouterr().err == "est-lora: The picture can't be made this way: not enough memory.\n"
     assert not (tmp_path / "out").exists()
 

@@ -1,77 +1,28 @@
-"""Measuring a pair's style discrepancy in diffusers: from Python, by `est-lora measure`, and for `est-lora generate`."""
+"""Measuring a pair's style discrepancy in diffusers, from Python."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-import os
 import random
-import re
-import shutil
-import sys
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file, save_file
 
-from est_lora.cli import main
 from est_lora.demo.model import BASE, STYLE_LORA, SUBJECT_LORA
 from est_lora.discrepancy import Memory, ProbeSettings
-from est_lora.errors import EstLoraError, quote
+from est_lora.errors import EstLoraError
 from est_lora.hosts import measuring
-from est_lora.hosts.diffusers import fuse
 from est_lora.hosts.diffusers_loading import load_pipeline
 from est_lora.hosts.measuring import measure, usual
-from tests.extractors import write_dino
 from tests.files import write
+from tests.hosts.probes import PAIR, PROMPT, SETTINGS, by_hand, edit, halves
 from tests.pipelines import fitting_lora, stable_diffusion, stable_diffusion_xl
 
-SETTINGS = ProbeSettings(seed=3, side=24, steps=2, sampler="euler", guidance=4.0)
-PROMPT = "a star"
 WORDS = ("mipo", "vitra style")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A model, a pair that fits it, and the weights of an extractor."""
-    folder = tmp_path_factory.mktemp("made")
-    pipe = stable_diffusion()
-    pipe.save_pretrained(folder / "model")
-    for seed, role in enumerate(("subject", "style")):
-        write(folder / f"{role}.safetensors", fitting_lora(pipe.unet, seed, size=1.0))
-    (folder / "weights").mkdir()
-    try:
-        write_dino(folder / "weights")
-    except ImportError as error:
-        pytest.skip(f"{error.name} is missing")
-    return folder
-
-
-@pytest.fixture
-def work(made, tmp_path, monkeypatch):
-    """A copy of them to work in, and a place to remember."""
-    shutil.copytree(made, tmp_path / "work")
-    monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
-    return tmp_path / "work"
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The calls of any UNet so far."""
-    made, forward = [], diffusers.UNet2DConditionModel.forward
-
-    def counted(self, *args, **kwargs):
-        made.append(self)
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(diffusers.UNet2DConditionModel, "forward", counted)
-    return made
 
 
 @pytest.fixture
@@ -79,49 +30,9 @@ def pipe():
     return stable_diffusion()
 
 
-PAIR = ("subject.safetensors", "style.safetensors")
-
-
 def measured(pipe, **changes):
     wishes = {"prompt": PROMPT, "settings": SETTINGS, "folder": Path("weights")}
     return measure(pipe, *PAIR, **{**wishes, **changes})
-
-
-def by_hand(pipe, pair, scheduler, prompt, settings):
-    """Both pictures, and the discrepancy of them, with nothing but the libraries' own means."""
-    pipe.scheduler, drawn = scheduler.from_config(pipe.scheduler.config), []
-    for method in ("subject", "style"):
-        generator = torch.Generator().manual_seed(settings.seed)
-        request = {"height": settings.side, "width": settings.side, "num_inference_steps": settings.steps}
-        request["negative_prompt"] = ""  # which isn't nothing to XL
-        with fuse(pipe, *pair, method=method):
-            drawn += pipe(prompt, guidance_scale=settings.guidance, generator=generator, **request).images
-    return drawn, 1 - float(torch.cosine_similarity(*(look(picture).double() for picture in drawn), dim=0))
-
-
-def look(picture):
-    """What the library itself sees in a picture."""
-    config = json.loads(Path("weights/config.json").read_text(encoding="utf-8"))
-    if "architecture" not in config:
-        from transformers import ViTImageProcessor, ViTModel
-
-        model = ViTModel.from_pretrained("weights", add_pooling_layer=False).eval()
-        pixels = ViTImageProcessor.from_pretrained("weights")(images=picture, return_tensors="pt")["pixel_values"]
-        with torch.no_grad():
-            return model(pixels).last_hidden_state[0, 0]
-    import timm.data
-
-    model = timm.create_model(config["architecture"], num_classes=0, **config["model_args"]).eval()
-    model.load_state_dict(load_file("weights/model.safetensors"))
-    prepared = timm.data.resolve_data_config({}, pretrained_cfg=config["pretrained_cfg"])
-    with torch.no_grad():
-        return model.forward_features(timm.data.create_transform(**prepared)(picture)[None])[0, 0]
-
-
-def halves(png):
-    with Image.open(io.BytesIO(png)) as both:
-        pixels = np.asarray(both)
-    return pixels[:, : pixels.shape[1] // 2], pixels[:, pixels.shape[1] // 2 :]
 
 
 # The number
@@ -182,10 +93,6 @@ def test_it_is_measured_again_if_asked_to(work, pipe, calls):
     first = measured(pipe)
     assert measured(pipe, again=True) == first
     assert len(calls) == 4 * SETTINGS.steps
-
-
-def edit(path):
-    save_file({name: tensor * 1.5 for name, tensor in load_file(path).items()}, path)
 
 
 def other_weights(pipe):
@@ -403,199 +310,3 @@ def test_an_image_to_image_pipeline_is_refused(work):
         EstLoraError, match=r"Img2ImgPipeline begins with a picture.*AutoPipelineForText2Image\.from_pipe"
     ):
         measured(stable_diffusion(image_to_image=True))
-
-
-# The commands
-
-
-@pytest.fixture
-def run(work, capsys):
-    """Runs a command; gives its exit code, standard output, and standard error without progress bars."""
-
-    def run(command, *flags):
-        both = {"--model": "model", "--device": "cpu", "--weights": "weights"}
-        if command == "measure":
-            files, more = PAIR, {"--steps": "2"}
-        else:
-            files, more = (), {"--subject": PAIR[0], "--style": PAIR[1], "--steps": "2", "--size": "32", "-o": "out"}
-            more["--prompt"] = PROMPT
-        given = {**both, **more} | {str(flag): str(value) for flag, value in zip(flags[::2], flags[1::2])}
-        code = main(
-            [command, *files, *(text for flag, value in given.items() if value != "None" for text in (flag, value))]
-        )
-        out, err = capsys.readouterr()
-        lines = [line for line in re.split(r"[\r\n]+", err) if line and not re.search(r"\d/\d+ \[", line)]
-        return code, out, "".join(f"{line}\n" for line in lines)
-
-    return run
-
-
-def carried(path):
-    with Image.open(path) as picture:
-        return picture.info["parameters"]
-
-
-def test_measure_prints_the_number(run, calls):
-    code, out, err = run("measure", "--prompt", PROMPT, "--seed", 3, "--side", 24, "--guidance", 4, "-o", "both.png")
-    drawn, value = by_hand(
-        load_pipeline(Path("model"), "cpu", torch.float32), PAIR, diffusers.EulerDiscreteScheduler, PROMPT, SETTINGS
-    )
-    assert code == 0
-    assert out == f"{float(out):.6f}\n"
-    assert float(out) == pytest.approx(value, abs=2e-6)
-    assert np.array_equal(halves(Path("both.png").read_bytes())[1], drawn[1])
-    (kept,) = (measuring.memory_folder() / "probes").iterdir()
-    assert err == f"est-lora: measured; the pictures are in {quote(kept)}.\n"
-    assert kept.read_bytes() == Path("both.png").read_bytes()
-
-
-def test_measure_remembers(run, calls):
-    _, first, _ = run("measure")
-    before = len(calls)
-    code, again, err = run("measure", "-o", "both.png")
-    assert (code, again, len(calls)) == (0, first, before)
-    assert err.startswith("est-lora: remembered; the pictures are in ")
-    assert halves(Path("both.png").read_bytes())[0].shape == (16, 16, 3)
-    shutil.rmtree(measuring.memory_folder() / "probes")
-    assert run("measure")[2] == "est-lora: remembered; the pictures aren't kept.\n"
-    code, out, err = run("measure", "-o", "more.png")
-    assert (code, out) == (2, "")
-    assert err == "est-lora: This is remembered, but its pictures aren't kept any more: add --again to draw them.\n"
-    assert (
-        main(["measure", *PAIR, "--model", "model", "--weights", "weights", "--steps", "2", "--again", "-o", "m.png"])
-        == 0
-    )
-    assert len(calls) == 2 * before
-
-
-def test_measures_defaults_are_the_usual(run):
-    _, out, _ = run("measure", "--steps", "None")
-    settings = usual(load_pipeline(Path("model"), "cpu", torch.float32))
-    assert (settings.side, settings.sampler) == (16, "euler")
-    value = by_hand(
-        load_pipeline(Path("model"), "cpu", torch.float32), PAIR, diffusers.EulerDiscreteScheduler, "", settings
-    )[1]
-    assert float(out) == pytest.approx(value, abs=2e-6)
-
-
-def test_other_files_of_the_model_are_measured_again(run, calls):
-    run("measure")
-    before = len(calls)
-    edit(Path("model/vae/diffusion_pytorch_model.safetensors"))
-    assert run("measure")[2].startswith("est-lora: measured")
-    assert len(calls) == 2 * before
-
-
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        (("--steps", 0), "--steps can't be '0': it is a whole number from 1 to 150."),
-        (("--side", 20), "--side can't be '20': it is a multiple of 8 from 8 to 2048."),
-        (("--side", 4096), "--side can't be '4096'"),
-        (("--seed", "x"), "--seed can't be 'x'"),
-        (("--guidance", "nan"), "--guidance can't be 'nan'"),
-        (("-o", "both.jpg"), "The pictures can't go to 'both.jpg': give a .png file"),
-        (("-o", "nowhere/both.png"), "can't go to 'nowhere/both.png'"),
-        (("--model", "nix"), "There is no 'nix'"),
-        (("--config", "model"), "--config is for a model in one file"),
-        (("--scheduler", "eulr"), "did you mean euler"),
-        (("--dtype", "int8"), "--dtype can't be 'int8'"),
-        (("--extractor", "dinno", "--model", "nix"), "did you mean 'dino'"),
-        (("--weights", "nowhere", "--model", "nix"), "'nowhere' can't be read"),
-        (("--weights", None), "The DINO weights can't be fetched"),
-    ],
-)
-def test_what_measure_cannot_do_costs_one_sentence(run, tmp_path, flags, says):
-    there = sorted(os.listdir())
-    code, out, err = run("measure", *flags)
-    assert (code, out, err.count("\n")) == (2, "", 1), err
-    assert says in err
-    assert err.startswith("est-lora: ")
-    assert sorted(os.listdir()) == there
-    assert not (tmp_path / "caches" / "est-lora" / "probes").exists()
-
-
-@pytest.mark.parametrize("command", ["measure", "generate"])
-def test_ctrl_c_while_measuring(run, monkeypatch, command):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(diffusers.UNet2DConditionModel, "forward", interrupted)
-    code, out, err = run(command)
-    assert (code, out) == (130, "")
-    assert err.endswith("est-lora: interrupted.\n")
-    assert not os.path.exists("out")
-    assert not (measuring.memory_folder() / "probes").exists()
-
-
-def test_a_picture_carries_the_measured_number(run, calls):
-    _, number, _ = run("measure", "--prompt", PROMPT, "--steps", "None")
-    before = len(calls)
-    code, _, err = run("generate", "--scheduler", "ddpm")
-    assert (code, err) == (0, "")
-    assert len(calls) == before + 2  # remembered, whatever scheduler the picture itself has
-    assert f", EST-LoRA beta: {float(number)}," in carried("out/00000-0.png")
-    run("generate", "--scheduler", "ddpm", "--beta", float(number), "-o", "given")
-    assert Path("given/00000-0.png").read_bytes() == Path("out/00000-0.png").read_bytes()
-    assert len(calls) == before + 4
-    assert "is there already" in run("generate", "--scheduler", "ddpm", "--beta", float(number))[2]
-
-
-def test_generate_measures_what_is_not_known(run, calls, monkeypatch):
-    code, _, err = run("generate")
-    assert code == 0
-    assert err == "est-lora: The style discrepancy of subject and style is measured, on two pictures of 7 steps.\n"
-    assert "EST-LoRA beta: " in carried("out/00000-0.png")
-    monkeypatch.setattr(measuring, "open_extractor", lambda *_, **__: pytest.fail("an extractor is opened"))
-    before = len(calls)
-    assert run("generate")[2] == "est-lora: 'out/00000-0.png' is there already.\n"
-    assert len(calls) == before
-
-
-def test_another_number_is_another_picture(run):
-    run("generate")
-    (path,) = measuring.memory_folder().glob("*.json")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    for entry in content["measurements"].values():
-        entry["value"] = 1.9
-    path.write_text(json.dumps(content), encoding="utf-8")
-    assert run("generate")[1].strip() == os.path.join("out", "00001-0.png")
-    assert "EST-LoRA beta: 1.9," in carried("out/00001-0.png")
-
-
-@pytest.mark.parametrize("flags", [("--beta", 0.3), ("--method", "sum"), ("--method", "k-lora"), ("--method", "style")])
-def test_what_needs_no_number_measures_nothing(run, calls, flags):
-    assert run("generate", *flags)[::2] == (0, "")
-    assert len(calls) == 2
-
-
-@pytest.mark.parametrize("missing", ["weights", "library"])
-def test_generate_goes_on_without_a_number(run, monkeypatch, missing):
-    with monkeypatch.context() as patched:
-        if missing == "library":
-            patched.setitem(sys.modules, "huggingface_hub", None)
-        code, _, err = run("generate", "--weights", None)
-    assert (code, err.count("\n")) == (0, 1)
-    assert err.startswith("est-lora: The style discrepancy can't be measured, and for beta 0.5 is taken: The ")
-    assert "EST-LoRA beta" not in carried("out/00000-0.png")
-    run("generate", "--beta", 0.5, "-o", "given")
-    with Image.open("given/00000-0.png") as given, Image.open("out/00000-0.png") as taken:
-        assert np.array_equal(given, taken)
-    code, out, err = run("generate")  # now it can be measured
-    assert "is measured" in err
-    assert out.strip() == os.path.join("out", "00001-0.png")
-
-
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        (("--extractor", "dinno"), "did you mean 'dino'"),
-        (("--weights", "nowhere"), "'nowhere' can't be read"),
-        (("--extractor", "clip", "--weights", None), "is never fetched"),
-    ],
-)
-def test_generate_refuses_what_is_no_extractor(run, flags, says):
-    code, out, err = run("generate", "--model", "nix", *flags)
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert says in err
-    assert not os.path.exists("out")
