@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,21 +31,12 @@ def by_hand(pipe, pair, scheduler, prompt, settings):
 
 def look(picture):
     """What the library itself sees in a picture."""
-    config = json.loads(Path("weights/config.json").read_text(encoding="utf-8"))
-    if "architecture" not in config:
-        from transformers import ViTImageProcessor, ViTModel
+    from transformers import ViTImageProcessor, ViTModel
 
-        model = ViTModel.from_pretrained("weights", add_pooling_layer=False).eval()
-        pixels = ViTImageProcessor.from_pretrained("weights")(images=picture, return_tensors="pt")["pixel_values"]
-        with torch.no_grad():
-            return model(pixels).last_hidden_state[0, 0]
-    import timm.data
-
-    model = timm.create_model(config["architecture"], num_classes=0, **config["model_args"]).eval()
-    model.load_state_dict(load_file("weights/model.safetensors"))
-    prepared = timm.data.resolve_data_config({}, pretrained_cfg=config["pretrained_cfg"])
+    model = ViTModel.from_pretrained("weights", add_pooling_layer=False).eval()
+    pixels = ViTImageProcessor.from_pretrained("weights")(images=picture, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        return model.forward_features(timm.data.create_transform(**prepared)(picture)[None])[0, 0]
+        return model(pixels).last_hidden_state[0, 0]
 
 
 def halves(png):
