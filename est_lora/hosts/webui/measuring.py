@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from est_lora.discrepancy import Key, Memory, bare, discrepancy, open_extractor, probe_prompt
 from est_lora.discrepancy import identity as identity_of
 from est_lora.errors import EstLoraError
+from est_lora.hosts.drawing import random_kept
 from est_lora.hosts.webui import probes, settings
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class Measuring:
         words = shared.state.textinfo
         shared.state.textinfo = "EST-LoRA loads what it compares pictures with"
         with ExitStack() as opened:
+            opened.enter_context(random_kept())  # a model that is being built draws numbers too
             try:
                 cache = Path(paths.models_path, "est-lora")
                 extractor = opened.enter_context(

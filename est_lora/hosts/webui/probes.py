@@ -11,7 +11,6 @@ from typing import Any
 from est_lora.config import FIELDS, FILES
 from est_lora.discrepancy import ProbeSettings
 from est_lora.errors import EstLoraError
-from est_lora.hosts.drawing import random_kept
 from est_lora.hosts.webui import infotext
 
 # What a job leaves in the host's state, which the progress bar and the preview show. Not what stops jobs: whoever
@@ -102,11 +101,10 @@ def _only(script: Any) -> Any:
 
 @contextmanager
 def _beside(p: Any) -> Iterator[None]:
-    """Whatever other jobs do, the user's goes on afterwards as if they hadn't been."""
+    """Whatever other jobs do, the user's goes on afterwards as if they hadn't been; but for random numbers."""
     from modules import paths, shared
 
     with ExitStack() as undone:
-        undone.enter_context(random_kept())
         state = shared.state
         kept = {name: getattr(state, name) for name in _STATE if hasattr(state, name)}
         undone.callback(vars(state).update, kept)

@@ -39,6 +39,7 @@ def looks(monkeypatch):
     @contextmanager
     def open_extractor(name, **how):
         opened.append((name, how["folder"]))
+        torch.rand(1), random.random(), np.random.rand()
         if isinstance(opened[0], Exception):
             raise opened[0]
         yield Looker()
@@ -220,13 +221,21 @@ def test_the_job_goes_on_as_if_nothing_had_been(host, tmp_path):
     random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
-    expected = random.getstate(), np.random.get_state()[1].tolist()
+    expected = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    host.script.measuring.of(*_asked(host))
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == expected
+    host.modules["modules.shared"].opts.data["est_lora_probe_seed"] = 1
     picture(host, tiling=True)
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == expected
     ((_, *told),) = seen  # the probes have no scripts but ours
     assert told == ["txt2img", 4, "words", "preview"]
     assert host.tilings[-1] is True
     assert "assign_current_image" not in vars(state)
+
+
+def _asked(web):
+    p = Processing(web, "a knight")
+    p.prompts = [p.prompt]
+    return p, web.script, *(LoraList().find(name) for name in (KNIGHT, INK))
 
 
 def test_a_store_that_cannot_be_written_is_no_error(host, tmp_path):
