@@ -181,7 +181,8 @@ def test_tab_goes_through_the_panel_in_order(panel):
     met = list(dict.fromkeys(key for key in met if key != "enabled"))
     files = ["subject", "style", "refresh", "exchange", "insert_tag", "read_tag"]
     assert met[:10] == [*files, "lean", "subject_weight", "style_weight", "beta_kind"]
-    assert met[10:13] == ["advanced", "method", "alpha"]
+    assert met[10:12] == ["measure_now", "cancel"]
+    assert met[12:15] == ["advanced", "method", "alpha"]
     assert met[-4:] == ["preset", "load", "save", "delete"]
 
 
