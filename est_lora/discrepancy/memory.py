@@ -20,6 +20,7 @@ from est_lora.stored import Table, write_whole
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_SHOWN = 256  # pixels, the longer side of a picture that is kept
 _DIGITS = 16  # of a digest, in hex: enough for billions of pairs
 _BOUNDS = {"seed": (0, 2**64 - 1), "side": (8, 2048), "steps": (1, 150)}
 
@@ -214,11 +215,18 @@ class Memory:
         try:
             if pictures:
                 path.parent.mkdir(exist_ok=True)
-                write_whole(path, side_by_side(*pictures))
+                write_whole(path, side_by_side(*map(_smaller, pictures)))
             else:
                 path.unlink(missing_ok=True)
         except (OSError, ValueError) as error:  # the disk's, and that of pictures that PIL can't convert
             self.remarks.append(f"The probe pictures can't be kept in {quote(path.parent)}: {reason(error)}")
+
+
+def _smaller(picture: Image) -> Image:
+    """As large as people look at it: a page sends it whenever it is drawn anew."""
+    small = picture.convert("RGB")
+    small.thumbnail((_SHOWN, _SHOWN))
+    return small
 
 
 def side_by_side(left: Image, right: Image) -> bytes:

@@ -484,3 +484,11 @@ def test_a_process_killed_between_two_steps(folder, keeper, before, kept):
     assert memory.remarks == []
     assert memory.pictures(key_of("new", 0))
     assert not list(folder.rglob("*.part"))
+
+
+def test_large_pictures_are_kept_small(tmp_path):
+    memory = Memory(tmp_path)
+    memory.keep(KEY, 0.5, (Image.new("RGB", (1024, 1024), "red"), Image.new("RGB", (1024, 1024), "blue")))
+    with Image.open(memory.pictures(KEY)) as kept:
+        assert kept.size == (512, 256)
+        assert [kept.getpixel((x, 128)) for x in (0, 511)] == [(255, 0, 0), (0, 0, 255)]
