@@ -99,20 +99,22 @@
         if (first) moveTo(first);
     });
 
-    // -- the panel: when its map is drawn
+    // -- the panel: when it follows what changes
 
-    // Waits until the panel of a tab is seen. Of several who wait only the last goes on, for all of them.
+    // Waits until the panel of a tab is seen, and returns the values. Of several who wait for the same purpose only the
+    // last goes on, for all of them.
     const waiting = {};
-    window.estLoraSeen = (tab) => {
+    window.estLoraSeen = (tab, purpose, ...values) => {
         const part = document.querySelector(`#script_${tab}_estlora_lean`);
-        waiting[tab]?.disconnect();
+        const key = `${tab} ${purpose}`;
+        waiting[key]?.disconnect();
         return new Promise((goOn) => {
-            waiting[tab] = new ResizeObserver(() => {
+            waiting[key] = new ResizeObserver(() => {
                 if (!part.offsetParent) return;
-                waiting[tab].disconnect();
-                goOn([]);
+                waiting[key].disconnect();
+                goOn(values);
             });
-            waiting[tab].observe(part);
+            waiting[key].observe(part);
         });
     };
 

@@ -177,7 +177,7 @@ class Panel:
         kind, number, beta = self._kind, self._number, self.knobs["beta"]
         for chosen in (kind.input, number.release):
             chosen(fn=_beta, inputs=[kind, number], outputs=[beta, number], **_AT_ONCE)
-        beta.change(fn=_told, inputs=[beta], outputs=[kind, number], **_AT_ONCE)
+        beta.change(fn=_told, _js=self._seen("beta"), inputs=[beta], outputs=[kind, number], **_AT_ONCE)
         self._cancel.click(fn=measuring.cancel, inputs=[], outputs=[], **_AT_ONCE)
         # The cards of the extra networks press these; the page's script knows which card it was.
         dummy = draw.gr.Textbox(visible=False)
@@ -223,12 +223,19 @@ class Panel:
         )
         self._redraw(read.then, page)
 
+    def _seen(self, purpose: str) -> str:
+        """What holds an event back in the page until the panel is seen.
+
+        Gradio reports changes while it loads a page, and every answer costs time.
+        """
+        return f"(...values) => window.estLoraSeen ? estLoraSeen('{self._tab}', '{purpose}', ...values) : values"
+
     def _redraw(self, event: Callable[..., Any], page: list[Any]) -> None:
         """Has an event redraw the cards and the map.
 
         Gradio 3 drops an event while the one before is being answered. So the first answer is only a pause; after it
         the map is drawn, and once more if anything has changed meanwhile: what is read last is what is there. Nothing
-        is asked while the panel is folded: gradio reports changes while it loads a page, and every answer costs time.
+        is asked while the panel is folded.
         """
         drawing = {
             "fn": functools.partial(_draw, self._preview),
@@ -236,8 +243,7 @@ class Panel:
             "outputs": [self._cards, self._known, self._map],
             **_AT_ONCE,
         }
-        seen = f"() => window.estLoraSeen ? estLoraSeen('{self._tab}') : []"
-        event(fn=_pause, _js=seen, inputs=[], outputs=[], **_AT_ONCE).then(**drawing).then(**drawing)
+        event(fn=_pause, _js=self._seen("map"), inputs=[], outputs=[], **_AT_ONCE).then(**drawing).then(**drawing)
 
 
 def _together(changes: list[Callable[..., Any]]) -> list[Callable[..., Any]]:
