@@ -7,11 +7,12 @@ after its last norm (EST-LoRA, arXiv 2508.02165).
 """
 
 from est_lora.discrepancy.extractor import NAMES, Extractor, identity, open_extractor
-from est_lora.discrepancy.measure import discrepancy
+from est_lora.discrepancy.measure import DIGITS, discrepancy
 from est_lora.discrepancy.memory import Key, Measured, Memory, ProbeSettings, side_by_side
 from est_lora.discrepancy.prompts import bare, probe_prompt, trigger_words
 
 __all__ = [
+    "DIGITS",
     "NAMES",
     "Extractor",
     "Key",

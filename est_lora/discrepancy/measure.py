@@ -6,6 +6,8 @@ from torch import Tensor
 
 from est_lora.errors import EstLoraError
 
+DIGITS = 6  # as many as a picture's parameters have of it: whoever types them gets the same picture
+
 
 def discrepancy(features: Tensor) -> float:
     """The style discrepancy `D = 1 - cos(a, b)`, computed in float64 (EST-LoRA, arXiv 2508.02165).

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 _SHOWN = 256  # pixels, the longer side of a picture that is kept
 _DIGITS = 16  # of a digest, in hex: enough for billions of pairs
 _BOUNDS = {"seed": (0, 2**64 - 1), "side": (8, 2048), "steps": (1, 150)}
-
-
 _USUAL_STEPS = 7  # two pictures cost half of one of 28 steps; docs/discrepancy.md
 
 

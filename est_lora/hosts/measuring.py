@@ -25,6 +25,7 @@ from torch import nn
 
 from est_lora.config import FILES, FusionConfig
 from est_lora.discrepancy import (
+    DIGITS,
     Key,
     Memory,
     ProbeSettings,
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_DIGITS = 6  # as many as a picture's parameters have of it: whoever types them gets the same picture
 _SAMPLED = 1024  # entries of a tensor
 
 
@@ -126,7 +126,7 @@ def measure(
         names = " and ".join(Path(path).stem for path in pair)
         say(f"The style discrepancy of {names} is measured, on two pictures of {key.settings.steps} steps.")
         drawn = _draw(pipe, pair, key)
-        value = round(discrepancy(opened.features(drawn)), _DIGITS)
+        value = round(discrepancy(opened.features(drawn)), DIGITS)
     memory.keep(key, value, drawn)
     _warn(memory.remarks)
     return Measurement(value, remembered=False, png=side_by_side(*drawn), pictures=memory.pictures(key))

@@ -7,6 +7,7 @@ from typing import Any
 
 from est_lora import __version__
 from est_lora.config import FIELDS
+from est_lora.discrepancy import DIGITS
 from est_lora.gate import FusionPlan
 from est_lora.text.infotext import HASHES, fusion, lora_hashes
 
@@ -20,7 +21,7 @@ def write(p: Any, plan: FusionPlan, subject: Any, style: Any) -> None:
     written = p.extra_generation_params
     written |= fusion(plan.config)
     written |= {_INFOTEXT["subject"]: subject.name, _INFOTEXT["style"]: style.name}
-    beta = plan.config.beta if isinstance(plan.config.beta, float) else round(plan.beta, 6)
+    beta = plan.config.beta if isinstance(plan.config.beta, float) else round(plan.beta, DIGITS)
     written |= {_INFOTEXT["beta"]: beta, _VERSION: __version__}
     # In the host's own table, from which it writes its line again before a second pass.
     p.lora_hashes = _Hashes(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from est_lora.discrepancy import Key, Memory, bare, discrepancy, open_extractor, probe_prompt
+from est_lora.discrepancy import DIGITS, Key, Memory, bare, discrepancy, open_extractor, probe_prompt
 from est_lora.discrepancy import identity as identity_of
 from est_lora.errors import EstLoraError
 from est_lora.hosts.drawing import random_kept
@@ -19,7 +19,6 @@ from est_lora.hosts.webui import probes, settings
 log = logging.getLogger(__name__)
 
 _PATIENCE_S = 600
-_DIGITS = 6  # as many as a picture's parameters have of it: whoever types them gets the same picture
 _JOB = "EST-LoRA measures"
 T = TypeVar("T")
 
@@ -74,7 +73,7 @@ class Measuring:
                 shared.state.textinfo = words
             pair = {"subject": subject.name, "style": style.name}
             pictures = probes.draw(p, script, pair, key.settings, key.prompt)
-            value = round(discrepancy(extractor.features(pictures)), _DIGITS)
+            value = round(discrepancy(extractor.features(pictures)), DIGITS)
         self._memory.keep(key, value, pictures)
         for remark in self._memory.remarks:
             log.warning("%s", remark)
