@@ -16,6 +16,7 @@ from typing import Any
 from est_lora.errors import EstLoraError, nearest, quote
 
 AUTO = "auto"
+BETA_UNMEASURED = 0.5  # what `beta = auto` is where no style discrepancy has been measured
 _SWITCH = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
 
 
@@ -140,7 +141,7 @@ class FusionConfig:
     style_weight: float = _knob(1.0, "strength of the style's update; doesn't move the gate", low=-2, high=2)
     beta: float | str = _knob(
         AUTO,
-        "style pressure at the start; auto = the measured style discrepancy, 0.5 without one",
+        f"style pressure at the start; auto = the measured style discrepancy, {BETA_UNMEASURED:g} without one",
         label="Style discrepancy (beta)",
         low=0,
         high=2,

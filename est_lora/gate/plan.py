@@ -7,16 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from est_lora.config import FusionConfig
+from est_lora.config import BETA_UNMEASURED, FusionConfig
 from est_lora.errors import EstLoraError, quote
 from est_lora.gate.energy import dense_measures, energy_balance, l1_balance
 from est_lora.gate.schedule import BOTH, NEEDS_MODEL, NONE, STYLE, SUBJECT, Schedule, Segments, acting, always
 from est_lora.lora import LayerId, LoraFile, RelativeUpdate, Update
 from est_lora.lora.update import shape_text
 
-# Without a measured style discrepancy. K-LoRA's own: 0.5, and with the pattern s* 0.85 alpha.
-_BETA_UNMEASURED = 0.5
-_BETA_K_LORA_WRAPPED = 0.85
+# K-LoRA's own; the second, for the pattern s*, times alpha.
+_BETA_K_LORA, _BETA_K_LORA_WRAPPED = 0.5, 0.85
 # Energies beyond these come from no training: too small counts as zero, too large is refused.
 _LEAST_ENERGY, _MOST_ENERGY = 1e-60, 1e60
 
@@ -229,8 +228,8 @@ def _beta(config: FusionConfig, discrepancy: float | None) -> float:
     if isinstance(config.beta, float):
         return config.beta
     if config.method == "k-lora":
-        return _BETA_K_LORA_WRAPPED * config.alpha if config.pattern == "s*" else _BETA_UNMEASURED
-    return _BETA_UNMEASURED if discrepancy is None else discrepancy
+        return _BETA_K_LORA_WRAPPED * config.alpha if config.pattern == "s*" else _BETA_K_LORA
+    return BETA_UNMEASURED if discrepancy is None else discrepancy
 
 
 def _check_has_updates(role: str, file: LoraFile) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from est_lora import __version__
-from est_lora.config import AUTO, FusionConfig
+from est_lora.config import AUTO, BETA_UNMEASURED, FusionConfig
 from est_lora.discrepancy import identity
 from est_lora.errors import EstLoraError
 from est_lora.hosts import pictures
@@ -152,7 +152,7 @@ def _discrepancy(pipe: Any, own: Any, request: Request, model: str, say: Callabl
                 say=say,
             ).value
     except EstLoraError as error:
-        say(f"The style discrepancy can't be measured, and for beta 0.5 is taken: {error}")
+        say(f"The style discrepancy can't be measured, and for beta {BETA_UNMEASURED:g} is taken: {error}")
         return None
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from est_lora.config import FusionConfig
+from est_lora.config import BETA_UNMEASURED, FusionConfig
 from est_lora.demo.model import LORAS
 from est_lora.demo.study.measure import BUDGET, Pair, Plan, Probe, Table, Values, has_both
 from est_lora.demo.world import SIZE
@@ -155,13 +155,13 @@ class Findings:
             best_of_seeds=min(within_budget, key=lambda score: score.error_of_seeds),
             wins=_wins(list(affordable.values()), reference, chosen),
             constant=float(means.std()),
-            half=_root_mean_square(means - 0.5),
+            half=_root_mean_square(means - BETA_UNMEASURED),
             hands={
                 by: np.array([each.between(mean, mean + by) for each, mean in zip(hands, means)]) for by in (-0.1, 0.1)
             },
             hands_probe=_mean_of_hands(hands, means, chosen),
             hands_reference=_mean_of_hands(hands, means, reference),
-            hands_half=float(np.mean([each.between(mean, 0.5) for each, mean in zip(hands, means)])),
+            hands_half=float(np.mean([each.between(mean, BETA_UNMEASURED) for each, mean in zip(hands, means)])),
             seed_errors=np.sqrt(((chosen - means[:, None]) ** 2).mean(0)),
         )
 

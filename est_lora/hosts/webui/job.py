@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from est_lora import report
-from est_lora.config import AUTO, FusionConfig
+from est_lora.config import AUTO, BETA_UNMEASURED, FusionConfig
 from est_lora.errors import EstLoraError, quote
 from est_lora.fusion import FusionSession, remove_branches
 from est_lora.gate import FusionPlan
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 # The tags of a prompt are part of what the host remembers an encoded prompt by; this is what we add to them.
 _ENCODED_WITH = "est-lora text encoders"
 _RESTORES = "est_lora_restores"
-_UNMEASURED = "For beta 0.5 is taken."
+_UNMEASURED = f"For beta {BETA_UNMEASURED:g} is taken."
 _REFINED = "The refiner drew its part without EST-LoRA: a plan is made for one checkpoint."
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from est_lora.config import AUTO, BY_KEY, FIELDS, FILES, FusionConfig
+from est_lora.config import AUTO, BETA_UNMEASURED, BY_KEY, FIELDS, FILES, FusionConfig
 from est_lora.errors import EstLoraError
 from est_lora.hosts.webui import measuring, request, settings
 from est_lora.hosts.webui.loras import LoraList
@@ -39,7 +39,7 @@ _BUTTONS = ["est-lora-buttons"]
 _PAUSE_S = 0.1
 _AT_ONCE = {"show_progress": False, "queue": False}  # pictures may be waiting in the queue
 _MEASURED, _FIXED = "measured", "fixed"
-_STEP, _UNMEASURED = 0.01, 0.5
+_STEP = 0.01
 _EXCHANGED = (FILES, ("subject_weight", "style_weight"), ("subject_te", "style_te"))
 
 
@@ -441,8 +441,8 @@ def _number(beta: str) -> float:
     try:
         number = BY_KEY["beta"].parse(beta)
     except EstLoraError:  # said beside the map
-        return _UNMEASURED
-    return number if isinstance(number, float) else _UNMEASURED
+        return BETA_UNMEASURED
+    return number if isinstance(number, float) else BETA_UNMEASURED
 
 
 def _beta(kind: str, number: float | None) -> list[Any]:

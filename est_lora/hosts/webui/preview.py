@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from est_lora import report
-from est_lora.config import AUTO, FILES, FusionConfig
+from est_lora.config import AUTO, BETA_UNMEASURED, FILES, FusionConfig
 from est_lora.errors import EstLoraError
 from est_lora.gate import FusionPlan
 from est_lora.hosts.webui import settings
@@ -110,7 +110,10 @@ def measured(knobs: Mapping[str, object], prompt: str) -> str:
     except EstLoraError:  # said with the map
         return ""
     if found is None:
-        return say("The first picture of this pair measures its style discrepancy; until then, 0.5 is drawn below.")
+        return say(
+            "The first picture of this pair measures its style discrepancy; until then,"
+            f" {BETA_UNMEASURED:g} is drawn below."
+        )
     words = say(
         f"Style discrepancy {found.value:.3g}, measured on a picture with the subject alone (left) and one with the style alone."
     )
