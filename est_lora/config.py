@@ -203,6 +203,11 @@ class FusionConfig:
                 raise EstLoraError(f"There is no knob {quote(key)}: did you mean {' or '.join(near)}?")
         return cls(**knobs)  # type: ignore[arg-type]
 
+    @property
+    def takes_discrepancy(self) -> bool:
+        """Whether a measured style discrepancy counts; K-LoRA's `beta` is its own, and the other methods have none."""
+        return self.beta == AUTO and self.method == "est"
+
     def pair(self) -> tuple[str, str]:
         """Subject and style.
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from est_lora import report
-from est_lora.config import AUTO, BETA_UNMEASURED, FusionConfig
+from est_lora.config import BETA_UNMEASURED, FusionConfig
 from est_lora.errors import EstLoraError, quote
 from est_lora.fusion import FusionSession, remove_branches
 from est_lora.gate import FusionPlan
@@ -86,7 +86,7 @@ class Job:
         p = self._p
         try:
             config = self._expected()
-            if config is None or config.beta != AUTO or config.method != "est":
+            if config is None or not config.takes_discrepancy:
                 return
             loras = LoraList()
             subject, style = (loras.find(name) for name in config.pair())
@@ -253,7 +253,7 @@ class Job:
             )
         if host.obstacle:
             raise EstLoraError(host.obstacle)
-        discrepancy = self._discrepancy(host, subject, style) if config.beta == AUTO else None
+        discrepancy = self._discrepancy(host, subject, style) if config.takes_discrepancy else None
         key = (config, discrepancy, subject.filename, style.filename, id(host.sd_model), id(host.checkpoint))
         if key not in self._plans:
             files = (host.read(entry.filename) for entry in (subject, style))

@@ -49,7 +49,7 @@ class Preview:
         config = FusionConfig.of(knobs)
         loras = LoraList()
         entries = [loras.find(name, look_again=False) for name in config.pair()]
-        found = known(*entries, prompt) if config.beta == AUTO else None
+        found = known(*entries, prompt) if config.takes_discrepancy else None
         subject, style = (self._file(entry.filename) for entry in entries)
         return FusionPlan.of(subject, style, config, None if found is None else found.value)
 

@@ -111,6 +111,15 @@ def test_nothing_is_measured_that_does_not_count(host, looks, prompt):
     assert looks == []
 
 
+@pytest.mark.parametrize("method", ["k-lora", "sum", "subject", "style"])
+def test_nothing_is_looked_up_that_does_not_count(host, monkeypatch, method):
+    picture(host)
+    with monkeypatch.context() as patched:
+        patched.setattr(Memory, "find", lambda *args: pytest.fail("it was looked up"))
+        _, told, comments, _ = picture(host, f"a knight {PAIR[:-1]}:method={method}>")
+    assert comments == []
+
+
 @pytest.mark.parametrize("change", [{"prompt": f"a dog {PAIR}"}, {"seed": 8}, {"extractor": "clip"}, {"pair": "other"}])
 def test_what_a_discrepancy_depends_on(host, change):
     first = beta(picture(host)[1])
