@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from est_lora import __version__
-from est_lora.config import AUTO, BETA_UNMEASURED, FusionConfig
+from est_lora.config import BETA_UNMEASURED, FusionConfig
 from est_lora.discrepancy import identity
 from est_lora.errors import EstLoraError
 from est_lora.hosts import pictures
@@ -97,9 +97,9 @@ def generate(request: Request, say: Callable[[str], None] = log.info) -> Iterato
     files = files_of(request.model, request.configs)
     sums = {path: sha256(path) for path in [*loras, *settings, *files]}
     fusion = request.fusion
-    if fusion.beta == AUTO and fusion.method == "est":
-        found = _discrepancy(pipe, own, request, told_by_sums(sums[path] for path in files), say)
-        fusion = fusion if found is None else dataclasses.replace(fusion, beta=found)
+    if fusion.takes_discrepancy:
+        beta = _discrepancy(pipe, own, request, told_by_sums(sums[path] for path in files), say)
+        fusion = dataclasses.replace(fusion, beta=beta)
     values = {
         "Steps": request.steps,
         "Sampler": sampler,
@@ -138,8 +138,8 @@ def generate(request: Request, say: Callable[[str], None] = log.info) -> Iterato
         yield from map(Output, pictures.contact_sheets(made))
 
 
-def _discrepancy(pipe: Any, own: Any, request: Request, model: str, say: Callable[[str], None]) -> float | None:
-    """The pair's, remembered or measured with the model's own scheduler; None where neither can be."""
+def _discrepancy(pipe: Any, own: Any, request: Request, model: str, say: Callable[[str], None]) -> float:
+    """The pair's, remembered or measured with the model's own scheduler; where neither can be, what is taken for it."""
     try:
         with scheduled(pipe, own):
             return measure(
@@ -153,7 +153,7 @@ def _discrepancy(pipe: Any, own: Any, request: Request, model: str, say: Callabl
             ).value
     except EstLoraError as error:
         say(f"The style discrepancy can't be measured, and for beta {BETA_UNMEASURED:g} is taken: {error}")
-        return None
+        return BETA_UNMEASURED
 
 
 def _name_of(model: Path) -> str:

@@ -143,7 +143,7 @@ def test_a_picture_says_how_it_was_made(generate):
     assert found[1] == (
         "Steps: 2, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 6.5, Seed: 3, Size: 32x32,"
         f' Model hash: {checkpoint}, Model: "tiny, v1", EST-LoRA subject: subject, EST-LoRA style: "my: style, 2",'
-        " EST-LoRA lean: -0.25, EST-LoRA dtype: bfloat16, EST-LoRA fingerprint: "
+        " EST-LoRA beta: 0.5, EST-LoRA lean: -0.25, EST-LoRA dtype: bfloat16, EST-LoRA fingerprint: "
     )
     hashes = f"subject: {body_hash('subject.safetensors')}, my style 2: {body_hash('my: style, 2.safetensors')}"
     assert found[2].startswith(f', Lora hashes: "{hashes}", Version: est-lora ')
@@ -300,7 +300,7 @@ def counted(monkeypatch):
         ("--scheduler", "euler"),
         ("--scheduler", "ddpm"),
         ("--dtype", "bfloat16"),
-        ("--beta", "0.5"),
+        ("--beta", "0.6"),
         ("--style-te", "0.5"),
         ("--model", "tiny, v1.safetensors", "--config", "model"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,12 +18,12 @@ _INFOTEXT = {field.key: field.infotext for field in FIELDS}
 
 
 def write(p: Any, plan: FusionPlan, subject: Any, style: Any) -> None:
-    """Every knob that isn't at its default, the beta that was used, and both files' hashes beside the host's own."""
-    written = p.extra_generation_params
-    written |= fusion(plan.config)
-    written |= {_INFOTEXT["subject"]: subject.name, _INFOTEXT["style"]: style.name}
-    beta = plan.config.beta if isinstance(plan.config.beta, float) else round(plan.beta, DIGITS)
-    written |= {_INFOTEXT["beta"]: beta, _VERSION: __version__}
+    """Every knob that isn't at its default, the style discrepancy where it counts, the version, and the files' hashes."""
+    config = plan.config
+    if config.takes_discrepancy:
+        config = dataclasses.replace(config, beta=round(plan.beta, DIGITS))
+    names = {_INFOTEXT["subject"]: subject.name, _INFOTEXT["style"]: style.name}
+    p.extra_generation_params.update(fusion(config) | names | {_VERSION: __version__})
     # In the host's own table, from which it writes its line again before a second pass.
     p.lora_hashes = _Hashes(
         getattr(p, "lora_hashes", {}), {entry.name: entry.shorthash for entry in (subject, style) if entry.shorthash}

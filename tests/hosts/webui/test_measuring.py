@@ -118,6 +118,7 @@ def test_nothing_is_looked_up_that_does_not_count(host, monkeypatch, method):
         patched.setattr(Memory, "find", lambda *args: pytest.fail("it was looked up"))
         _, told, comments, _ = picture(host, f"a knight {PAIR[:-1]}:method={method}>")
     assert comments == []
+    assert "EST-LoRA beta" not in told
 
 
 @pytest.mark.parametrize("change", [{"prompt": f"a dog {PAIR}"}, {"seed": 8}, {"extractor": "clip"}, {"pair": "other"}])

@@ -101,7 +101,7 @@ def test_what_a_picture_says_is_what_was_asked(page, disk, config, pair, renamed
         config,
         subject=new.get(pair[0], pair[0]),
         style=new.get(pair[1], pair[1]),
-        beta=config.beta if isinstance(config.beta, float) else round(beta, 6),
+        beta=round(beta, 6) if config.takes_discrepancy else config.beta,
     )
 
 
