@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterable
 from pathlib import PurePath
+
+log = logging.getLogger(__name__)
 
 _LONGEST_QUOTE = 80
 _LONGEST_REASON = 240
@@ -29,6 +32,14 @@ def reason(error: Exception) -> str:
     """What another library says went wrong, as the end of a sentence of ours: its first sentence, one line, cut."""
     first = str(error).strip().partition("\n")[0].partition(". ")[0][:_LONGEST_REASON]
     return first.rstrip(" .:({[") + "."
+
+
+def explained(error: Exception, failed: str = "EST-LoRA failed") -> str:
+    """What a user is told of any error: its own sentence, or that something of ours `failed`, and the log has the rest."""
+    if isinstance(error, EstLoraError):
+        return str(error)
+    log.error("%s.", failed, exc_info=error)
+    return f"{failed} ({type(error).__name__}); the log has more."
 
 
 def nearest(asked: str, there: Iterable[str], most: int = 3) -> list[str]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from est_lora import report
 from est_lora.config import BETA_UNMEASURED, FusionConfig
-from est_lora.errors import EstLoraError, quote
+from est_lora.errors import EstLoraError, explained, quote
 from est_lora.fusion import FusionSession, remove_branches
 from est_lora.gate import FusionPlan
 from est_lora.hosts.webui import axes, infotext, request
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 # The tags of a prompt are part of what the host remembers an encoded prompt by; this is what we add to them.
 _ENCODED_WITH = "est-lora text encoders"
 _RESTORES = "est_lora_restores"
+_CANT_MEASURE = "The style discrepancy can't be measured"
 _UNMEASURED = f"For beta {BETA_UNMEASURED:g} is taken."
 _REFINED = "The refiner drew its part without EST-LoRA: a plan is made for one checkpoint."
 
@@ -97,13 +98,8 @@ class Job:
             found = measuring.of(p, script, subject, style)
         except Stopped:
             pass
-        except EstLoraError as error:
-            self.say(f"{error} {_UNMEASURED}")
-        except Exception as error:
-            log.error("The style discrepancy can't be measured.", exc_info=error)
-            self.say(
-                f"The style discrepancy can't be measured ({type(error).__name__}; the log has more). {_UNMEASURED}"
-            )
+        except Exception as error:  # noqa: BLE001 - a picture is worth more than a number
+            self.say(f"{explained(error, _CANT_MEASURE)} {_UNMEASURED}")
         self._discrepancies[subject.filename, style.filename] = found
 
     def prepare(self, *, second_pass: bool = False) -> None:
@@ -140,11 +136,8 @@ class Job:
                 return
             fusion = self._fusion_of(config)
             missing = self._text.enter_context(fusion.host.encoding(fusion.plan))
-        except EstLoraError as error:
-            self._refuse(error)
-            return
         except Exception as error:  # noqa: BLE001 - a picture is worth more than a fusion
-            self._fail(error)
+            self._refuse(error)
             return
         self._fusion = fusion
         if fusion.plan.text_layers:
@@ -172,10 +165,8 @@ class Job:
             if fusion.host.unet is not host.unet or fusion.host.checkpoint is not host.checkpoint:
                 fusion = self._fusion_of(fusion.plan.config)  # a hires fix with a checkpoint of its own
             self._attach(fusion)
-        except EstLoraError as error:
-            self._refuse(error)
         except Exception as error:  # noqa: BLE001 - as above
-            self._fail(error)
+            self._refuse(error)
 
     def release(self) -> None:
         """Takes everything off the model. May be called at any time, and again."""
@@ -262,18 +253,15 @@ class Job:
             entry.read_hash()
         return Fusion(host, self._plans[key], subject, style)
 
-    def _refuse(self, error: EstLoraError) -> None:
+    def _refuse(self, error: Exception) -> None:
+        why = explained(error)
         self._fusion = None
         self._text.close()
         is_second = self._second_pass or getattr(self._p, "is_hr_pass", False)
         if not is_second:
             self.done = None
-            infotext.refuse(self._p, str(error))
-        self.say(f"{error} The {'second pass' if is_second else 'picture'} was made without EST-LoRA.")
-
-    def _fail(self, error: Exception) -> None:
-        log.error("EST-LoRA failed.", exc_info=error)
-        self._refuse(EstLoraError(f"EST-LoRA failed ({type(error).__name__}); the log has more."))
+            infotext.refuse(self._p, why)
+        self.say(f"{why} The {'second pass' if is_second else 'picture'} was made without EST-LoRA.")
 
 
 class Progress:

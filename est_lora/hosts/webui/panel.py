@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from est_lora.config import AUTO, BETA_UNMEASURED, BY_KEY, FIELDS, FILES, FusionConfig
-from est_lora.errors import EstLoraError
+from est_lora.errors import EstLoraError, explained
 from est_lora.hosts.webui import measuring, request, settings
 from est_lora.hosts.webui.loras import LoraList
 from est_lora.hosts.webui.paste import NOTHING, Pasted, shown
@@ -18,8 +17,6 @@ from est_lora.hosts.webui.preview import Drawn, Preview, cards, measured, say
 from est_lora.hosts.webui.steps import Sampling
 from est_lora.text import tag
 from est_lora.text.presets import Presets
-
-log = logging.getLogger(__name__)
 
 TITLE = "EST-LoRA"
 KNOBS = tuple(field.key for field in FIELDS)
@@ -338,12 +335,8 @@ def _answering(action: Callable[..., tuple[list[Any], str]], changes: int) -> Ca
 
         try:
             changed, sentence = action(*values)
-        except EstLoraError as error:
-            return [*[gr.update()] * changes, say(str(error), is_error=True)]
-        except Exception as error:
-            log.exception("EST-LoRA failed.")
-            said = f"EST-LoRA failed ({type(error).__name__}); the log has more."
-            return [*[gr.update()] * changes, say(said, is_error=True)]
+        except Exception as error:  # noqa: BLE001 - the page would say only that there was one
+            return [*[gr.update()] * changes, say(explained(error), is_error=True)]
         return [*changed, say(sentence)]
 
     return act
@@ -469,12 +462,8 @@ def _measure(script: Any, drawn: Drawn, prompt: str, *values: Any) -> Iterator[s
         loras = LoraList()
         entries = [loras.find(name) for name in FusionConfig.of(knobs).pair()]
         found = measuring.measure_now(script, *entries, prompt or "")
-    except EstLoraError as error:
-        yield say(str(error), is_error=True)
-        return
-    except Exception as error:
-        log.exception("EST-LoRA failed.")
-        yield say(f"EST-LoRA failed ({type(error).__name__}); the log has more.", is_error=True)
+    except Exception as error:  # noqa: BLE001 - as above
+        yield say(explained(error), is_error=True)
         return
     drawn.values = ()  # what is drawn of the same knobs isn't the same any more
     yield say("It wasn't measured." if found is None else f"The style discrepancy is {found:.3g}.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 from est_lora import report
 from est_lora.config import AUTO, BETA_UNMEASURED, FILES, FusionConfig
-from est_lora.errors import EstLoraError
+from est_lora.errors import EstLoraError, explained
 from est_lora.gate import FusionPlan
 from est_lora.hosts.webui import settings
 from est_lora.hosts.webui.loras import LoraList
@@ -21,8 +20,6 @@ from est_lora.hosts.webui.measuring import known
 from est_lora.hosts.webui.steps import Sampling
 from est_lora.lora import LoraFile
 from est_lora.plot import gate_map_svg
-
-log = logging.getLogger(__name__)
 
 _KEPT = 4  # files: two pairs, as a pair is often compared with another
 
@@ -59,11 +56,8 @@ class Preview:
             return say("Choose a subject and a style: what each will do is drawn here.")
         try:
             plan = self.plan(knobs, prompt)
-        except EstLoraError as error:
-            return say(str(error), is_error=True)
-        except Exception as error:
-            log.exception("The gate map failed.")
-            return say(f"The map can't be drawn ({type(error).__name__}); the log has more.", is_error=True)
+        except Exception as error:  # noqa: BLE001 - the page would say only that there was one
+            return say(explained(error, "The map can't be drawn"), is_error=True)
         words = report.summary(plan)
         drawn = [say(words), *map(say, [*plan.subject.remarks, *plan.style.remarks])]
         if plan.pair_remarks:

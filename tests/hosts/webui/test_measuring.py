@@ -204,7 +204,7 @@ def test_a_failure_is_a_sentence(host, tmp_path):
     hook.remove()
     assert beta(told) == 0.5
     (comment,) = comments
-    assert comment.startswith("The style discrepancy can't be measured (RuntimeError; the log has more).")
+    assert comment.startswith("The style discrepancy can't be measured (RuntimeError); the log has more. For beta")
     assert not (tmp_path / "est-lora" / "discrepancy.json").exists()
     assert beta(picture(host)[1]) != 0.5
 
