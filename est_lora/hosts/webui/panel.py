@@ -13,7 +13,7 @@ from est_lora.errors import EstLoraError, explained
 from est_lora.hosts.webui import measuring, request, settings
 from est_lora.hosts.webui.loras import LoraList
 from est_lora.hosts.webui.paste import NOTHING, Pasted, shown
-from est_lora.hosts.webui.preview import Drawn, Preview, cards, measured, say
+from est_lora.hosts.webui.preview import Drawn, Preview, cards, say
 from est_lora.hosts.webui.steps import Sampling
 from est_lora.text import tag
 from est_lora.text.presets import Presets
@@ -490,8 +490,8 @@ def _draw(preview: Preview, drawn: Drawn, *values: Any) -> list[Any]:
         return ["", "", say(str(error), is_error=True)]
     said = say("The tag in the prompt goes before this panel.") if tagged else ""
     sampling = Sampling(sampler, scheduler, int(steps or 0), *strength)
-    known = measured(asked, prompt or "")
-    return [cards([asked.get(key) for key in FILES]), known, said + preview.draw(asked, sampling, prompt or "")]
+    known, planned = preview.draw(asked, sampling, prompt or "")
+    return [cards([asked.get(key) for key in FILES]), known, said + planned]
 
 
 def _lora_list() -> tuple[list[str], str]:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from est_lora import report
-from est_lora.config import AUTO, BETA_UNMEASURED, FILES, FusionConfig
-from est_lora.errors import EstLoraError, explained
+from est_lora.config import BETA_UNMEASURED, FILES, FusionConfig
+from est_lora.errors import explained
 from est_lora.gate import FusionPlan
 from est_lora.hosts.webui import settings
 from est_lora.hosts.webui.loras import LoraList
-from est_lora.hosts.webui.measuring import known
+from est_lora.hosts.webui.measuring import Known, known
 from est_lora.hosts.webui.steps import Sampling
 from est_lora.lora import LoraFile
 from est_lora.plot import gate_map_svg
@@ -43,21 +43,23 @@ class Preview:
         Raises:
             EstLoraError: a knob or a file can't be used.
         """
-        config = FusionConfig.of(knobs)
-        loras = LoraList()
-        entries = [loras.find(name, look_again=False) for name in config.pair()]
-        found = known(*entries, prompt) if config.takes_discrepancy else None
-        subject, style = (self._file(entry.filename) for entry in entries)
-        return FusionPlan.of(subject, style, config, None if found is None else found.value)
+        return self._plan(*_looked_up(knobs, prompt))
 
-    def draw(self, knobs: Mapping[str, object], sampling: Sampling, prompt: str = "") -> str:
-        """The plan as HTML: a line in words, remarks, and the map; or the sentence that says why there is none."""
+    def draw(self, knobs: Mapping[str, object], sampling: Sampling, prompt: str = "") -> tuple[str, str]:
+        """What is known of the style discrepancy, and the plan, both as HTML.
+
+        The first is empty where none counts; the other is a line in words, remarks, and the map, or the sentence that
+        says why there is none.
+        """
         if not knobs.get("subject") or not knobs.get("style"):
-            return say("Choose a subject and a style: what each will do is drawn here.")
+            return "", say("Choose a subject and a style: what each will do is drawn here.")
+        measured = ""
         try:
-            plan = self.plan(knobs, prompt)
+            config, entries, found = _looked_up(knobs, prompt)
+            measured = _measured(config, found)
+            plan = self._plan(config, entries, found)
         except Exception as error:  # noqa: BLE001 - the page would say only that there was one
-            return say(explained(error, "The map can't be drawn"), is_error=True)
+            return measured, say(explained(error, "The map can't be drawn"), is_error=True)
         words = report.summary(plan)
         drawn = [say(words), *map(say, [*plan.subject.remarks, *plan.style.remarks])]
         if plan.pair_remarks:
@@ -65,7 +67,11 @@ class Preview:
         if settings.draws_map():
             svg = gate_map_svg(plan, sampling.taus(plan.config.clock))
             drawn.append(f'<div class="est-lora-map" role="img" aria-label="{html.escape(words)}">{svg}</div>')
-        return "".join(drawn)
+        return measured, "".join(drawn)
+
+    def _plan(self, config: FusionConfig, entries: Sequence[Any], found: Known | None) -> FusionPlan:
+        subject, style = (self._file(entry.filename) for entry in entries)
+        return FusionPlan.of(subject, style, config, None if found is None else found.value)
 
     def _file(self, path: str) -> LoraFile:
         try:
@@ -93,15 +99,17 @@ def cards(names: Sequence[str | None]) -> str:
     return f'<div class="est-lora-cards">{"".join(drawn)}</div>' if drawn else ""
 
 
-def measured(knobs: Mapping[str, object], prompt: str) -> str:
+def _looked_up(knobs: Mapping[str, object], prompt: str) -> tuple[FusionConfig, list[Any], Known | None]:
+    """A request, the host's entries of its two files, and what is remembered of them where it counts."""
+    config = FusionConfig.of(knobs)
+    loras = LoraList()
+    entries = [loras.find(name, look_again=False) for name in config.pair()]
+    return config, entries, known(*entries, prompt) if config.takes_discrepancy else None
+
+
+def _measured(config: FusionConfig, found: Known | None) -> str:
     """The style discrepancy of a pair and the pictures that it was measured on, as HTML; empty where it doesn't count."""
-    names = [knobs.get(role) for role in FILES]
-    if not all(names) or knobs.get("beta") != AUTO or knobs.get("method") != "est":
-        return ""
-    try:
-        loras = LoraList()
-        found = known(*(loras.find(str(name), look_again=False) for name in names), prompt)
-    except EstLoraError:  # said with the map
+    if not config.takes_discrepancy:
         return ""
     if found is None:
         return say(
@@ -115,7 +123,7 @@ def measured(knobs: Mapping[str, object], prompt: str) -> str:
         drawn = base64.b64encode(found.pictures.read_bytes()).decode() if found.pictures else ""
     except OSError:
         drawn = ""
-    about = html.escape(" and ".join(f"{role}: {name}" for role, name in zip(FILES, names)))
+    about = html.escape(" and ".join(f"{role}: {name}" for role, name in zip(FILES, config.pair())))
     picture = f'<img src="data:image/png;base64,{drawn}" alt="{about}" title="{about}">' if drawn else ""
     return f'<div class="est-lora-measured">{words}{picture}</div>'
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import shutil
 import sys
@@ -18,6 +19,7 @@ from est_lora.config import FusionConfig
 from est_lora.errors import EstLoraError
 from est_lora.gate import FusionPlan
 from est_lora.hosts.webui import preview
+from est_lora.hosts.webui.measuring import Known
 from est_lora.hosts.webui.preview import Preview, cards, say
 from est_lora.hosts.webui.steps import Sampling
 from est_lora.lora import LoraFile
@@ -48,6 +50,11 @@ def folder(web, tmp_path):
     shutil.copytree(web.folder, tmp_path / "loras")
     sys.modules["networks"] = web.networks = fakes.networks_module(tmp_path / "loras", web._load_networks)
     return tmp_path / "loras"
+
+
+def planned(*asked):
+    """What is drawn of a plan."""
+    return Preview().draw(*asked)[1]
 
 
 def test_the_plan_is_that_of_the_files(files):
@@ -87,12 +94,12 @@ def test_a_file_that_has_gone_is_a_sentence(folder):
     (folder / "knight.safetensors").unlink()
     with pytest.raises(EstLoraError, match="knight"):
         Preview().plan(NAMED)
-    assert Preview().draw(NAMED, SAMPLING).startswith('<p class="est-lora-error">')
+    assert planned(NAMED, SAMPLING).startswith('<p class="est-lora-error">')
 
 
 def test_nothing_is_looked_for_on_disk_or_hashed(host):
     scans = host.networks.scans
-    drawn = Preview().draw({**NAMED, "subject": "0123456789ab"}, SAMPLING)
+    drawn = planned({**NAMED, "subject": "0123456789ab"}, SAMPLING)
     assert "no LoRA &#x27;0123456789ab&#x27;" in drawn
     assert host.networks.scans == scans
     assert not any(entry.hashed for entry in host.networks.available_networks.values())
@@ -100,11 +107,11 @@ def test_nothing_is_looked_for_on_disk_or_hashed(host):
 
 def test_no_model_is_needed(host):
     host.sd_model = None
-    assert "<svg" in Preview().draw(NAMED, SAMPLING)
+    assert "<svg" in planned(NAMED, SAMPLING)
 
 
 def test_it_is_words_and_a_map(host):
-    drawn = Preview().draw(NAMED, SAMPLING)
+    drawn = planned(NAMED, SAMPLING)
     words = report.summary(Preview().plan(NAMED))
     assert drawn.startswith(say(words))
     box = ElementTree.fromstring(drawn.removeprefix(say(words)))
@@ -115,20 +122,20 @@ def test_it_is_words_and_a_map(host):
 
 def test_who_wants_no_map_has_words(host):
     host.modules["modules.shared"].opts.data["est_lora_draw_map"] = False
-    assert Preview().draw(NAMED, SAMPLING) == say(report.summary(Preview().plan(NAMED)))
+    assert planned(NAMED, SAMPLING) == say(report.summary(Preview().plan(NAMED)))
 
 
 @pytest.mark.parametrize("clock", ["timestep", "step"])
 def test_steps_are_marked_by_the_chosen_clock(monkeypatch, clock):
     marked = []
     monkeypatch.setattr(preview, "gate_map_svg", lambda plan, steps: marked.append(steps) or "")
-    Preview().draw({**NAMED, "clock": clock}, SAMPLING)
+    planned({**NAMED, "clock": clock}, SAMPLING)
     assert marked == [SAMPLING.taus(clock)]
 
 
 @pytest.mark.parametrize("knobs", [{}, {"subject": "knight"}, {"style": "ink"}, {"subject": "", "style": "ink"}])
 def test_until_two_are_chosen_it_asks_for_them(knobs):
-    assert Preview().draw(knobs, SAMPLING) == say("Choose a subject and a style: what each will do is drawn here.")
+    assert planned(knobs, SAMPLING) == say("Choose a subject and a style: what each will do is drawn here.")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +150,7 @@ def test_until_two_are_chosen_it_asks_for_them(knobs):
     ],
 )
 def test_what_is_wrong_is_a_sentence(knobs, sentence):
-    drawn = Preview().draw(knobs, SAMPLING)
+    drawn = planned(knobs, SAMPLING)
     assert drawn.startswith('<p class="est-lora-error">')
     assert drawn.count("<") == 2
     assert sentence in unescape(drawn)
@@ -151,7 +158,7 @@ def test_what_is_wrong_is_a_sentence(knobs, sentence):
 
 def test_a_failure_of_ours_is_a_sentence_and_told_in_the_log(monkeypatch, caplog):
     monkeypatch.setattr(FusionPlan, "of", lambda *args: 1 / 0)
-    drawn = Preview().draw(NAMED, SAMPLING)
+    drawn = planned(NAMED, SAMPLING)
     assert drawn == say("The map can't be drawn (ZeroDivisionError); the log has more.", is_error=True)
     assert "Traceback" in caplog.text
 
@@ -164,7 +171,7 @@ def test_remarks_of_the_files_are_said(folder):
     save_file({**tensors, "lora_unet_<b>.lora_up.weight": tensors[key].clone()}, folder / "knight.safetensors")
     plan = Preview().plan(NAMED)
     assert plan.subject.remarks
-    drawn = Preview().draw(NAMED, SAMPLING)
+    drawn = planned(NAMED, SAMPLING)
     for remark in plan.subject.remarks:
         assert say(remark) in drawn
 
@@ -183,12 +190,55 @@ class Seen(HTMLParser):
         return seen.pictures, seen.texts
 
     def handle_starttag(self, tag, attrs):
-        assert tag in ("div", "figure", "img", "figcaption")
+        assert tag in ("div", "p", "figure", "img", "figcaption")
         if tag == "img":
             self.pictures.append(dict(attrs))
 
     def handle_data(self, data):
         self.texts.append(data)
+
+
+class TestDiscrepancy:
+    @pytest.fixture
+    def remembered(self, host, monkeypatch, tmp_path):
+        """What is remembered of any pair, and the prompts with which it was looked up."""
+        host.modules["modules.shared"].opts.data["est_lora_draw_map"] = False  # no two are of the same bytes
+        (tmp_path / "both.png").write_bytes(b"two pictures")
+        found, asked = [Known(1.75, tmp_path / "both.png")], []
+        monkeypatch.setattr(preview, "known", lambda *pair_and_prompt: asked.append(pair_and_prompt[2]) or found[0])
+        return found, asked
+
+    def test_what_is_shown_of_it_and_of_the_plan_is_looked_up_once(self, remembered):
+        measured, html = Preview().draw(NAMED, SAMPLING, "a knight")
+        ((picture,), (words,)) = Seen.of(measured)
+        assert words.startswith("Style discrepancy 1.75, measured on")
+        assert picture["src"] == f"data:image/png;base64,{base64.b64encode(b'two pictures').decode()}"
+        assert picture["alt"] == "subject: knight and style: ink"
+        assert html == planned({**NAMED, "beta": 1.75}, SAMPLING)
+        assert html != planned({**NAMED, "beta": 0.5}, SAMPLING)
+        assert remembered[1] == ["a knight"]
+
+    def test_without_its_pictures_it_is_a_number(self, remembered, tmp_path):
+        (tmp_path / "both.png").unlink()
+        measured, _ = Preview().draw(NAMED, SAMPLING)
+        assert "1.75" in measured
+        assert "<img" not in measured
+
+    def test_until_it_is_known_it_is_said_so(self, remembered):
+        remembered[0][0] = None
+        measured, html = Preview().draw(NAMED, SAMPLING)
+        assert "until then, 0.5 is drawn below" in measured
+        assert html == planned({**NAMED, "beta": 0.5}, SAMPLING)
+
+    @pytest.mark.parametrize("knobs", [{"beta": 0.3}, {"method": "sum"}, {"method": "k-lora"}, {"style": "nobody"}])
+    def test_where_it_does_not_count_nothing_is_said_or_looked_up(self, remembered, knobs):
+        assert Preview().draw({**NAMED, **knobs}, SAMPLING)[0] == ""
+        assert remembered[1] == []
+
+    def test_it_is_said_also_where_there_is_no_map(self, remembered):
+        measured, html = Preview().draw({**NAMED, "style": "broken"}, SAMPLING)
+        assert "1.75" in measured
+        assert html.startswith('<p class="est-lora-error">')
 
 
 class TestCards:
