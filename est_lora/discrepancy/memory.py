@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import io
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _SHOWN = 256  # pixels, the longer side of a picture that is kept
+_PICTURES = 200  # pairs of them, some 50 MB
 _DIGITS = 16  # of a digest, in hex: enough for billions of pairs
 _BOUNDS = {"seed": (0, 2**64 - 1), "side": (8, 2048), "steps": (1, 150)}
 _USUAL_STEPS = 7  # two pictures cost half of one of 28 steps; docs/discrepancy.md
@@ -118,7 +120,7 @@ class Measured:
 
 
 class Memory:
-    """The measured values in `folder/discrepancy.json` and their pictures in `folder/probes`.
+    """The measured values in `folder/discrepancy.json` and the pictures of the newest 200 in `folder/probes`.
 
     Nothing here is fatal: what can't be read counts as never measured, and what can't be written is remembered in
     this object. Any number of processes may use one folder.
@@ -162,7 +164,10 @@ class Memory:
         return Measured(float(value), when if isinstance(when, str) else "", fields)
 
     def pictures(self, key: Key) -> Path | None:
-        """The PNG with the subject's picture on the left and the style's on the right, or None where it isn't kept."""
+        """The PNG with the subject's picture on the left and the style's on the right, or None where it isn't kept.
+
+        Another process may delete it at any time, to make room for newer ones.
+        """
         path = self._picture(key)
         return path if path.is_file() else None
 
@@ -214,10 +219,20 @@ class Memory:
             if pictures:
                 path.parent.mkdir(exist_ok=True)
                 write_whole(path, side_by_side(*map(_smaller, pictures)))
+                _make_room(path)
             else:
                 path.unlink(missing_ok=True)
         except (OSError, ValueError) as error:  # the disk's, and that of pictures that PIL can't convert
             self.remarks.append(f"The probe pictures can't be kept in {quote(path.parent)}: {reason(error)}")
+
+
+def _make_room(newest: Path) -> None:
+    """Deletes the oldest files beside a picture that are too many; only under the table's lock."""
+    with suppress(OSError):  # one has just been forgotten, or is open somewhere: the next picture makes room
+        others = [path for path in newest.parent.glob("*.png") if path != newest]
+        others.sort(key=lambda path: path.lstat().st_mtime_ns, reverse=True)
+        for old in others[_PICTURES - 1 :]:
+            old.unlink()
 
 
 def _smaller(picture: Image) -> Image:

@@ -120,7 +120,11 @@ def measure(
     found = None if again else memory.find(key)
     if found is not None:
         kept = memory.pictures(key)
-        return Measurement(found, remembered=True, png=kept.read_bytes() if kept else None, pictures=kept)
+        try:
+            png = kept.read_bytes() if kept else None
+        except OSError:  # another process needed the room
+            kept = png = None
+        return Measurement(found, remembered=True, png=png, pictures=kept)
     _warn(memory.remarks)
     with random_kept(), open_extractor(extractor, folder=folder, cache=cache) as opened:
         names = " and ".join(Path(path).stem for path in pair)

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.parent.parent
 SETTINGS = ProbeSettings(seed=42, side=512, steps=20, sampler="Euler a", guidance=7)
 KEY = Key("5a" * 32, "c7" * 32, "model.safetensors [6ce0161689]", "dino@733b42a2", SETTINGS, "knight, ink wash")
 VALUES = st.floats(0, 2)
+MOST = 200  # pictures
 KEEPS = """
 import sys
 from pathlib import Path
@@ -451,7 +452,7 @@ def test_two_processes_lose_nothing_and_readers_never_see_half(folder, keeper):
 def test_a_process_killed_at_any_moment_leaves_whole_files(folder, keeper):
     write(folder, {"measurements": {"old": {"prompt": "x" * 200_000}}})
     moments = random.Random(0)
-    processes = [keeper(folder, str(time_killed), 10**6) for time_killed in range(4)]
+    processes = [keeper(folder, str(time_killed), 45) for time_killed in range(4)]  # all of whose pictures are kept
     for who, process in enumerate(processes):
         tell(process)
         assert process.stdout.readline() == "0\n"
@@ -492,3 +493,63 @@ def test_large_pictures_are_kept_small(tmp_path):
     with Image.open(memory.pictures(KEY)) as kept:
         assert kept.size == (512, 256)
         assert [kept.getpixel((x, 128)) for x in (0, 511)] == [(255, 0, 0), (0, 0, 255)]
+
+
+@pytest.fixture
+def full(folder):
+    """All the pictures that there may be, the oldest first, of an hour ago or so."""
+    probes = folder / "probes"
+    probes.mkdir(parents=True)
+    old = [probes / f"{number:016x}.png" for number in range(MOST)]
+    for number, path in enumerate(old):
+        path.touch()
+        os.utime(path, (time.time() - 7200 + number,) * 2)
+    return old
+
+
+def test_the_oldest_picture_makes_room_and_its_value_still_counts(folder, memory, full):
+    memory.keep(KEY, 0.5, pair())
+    assert sorted((folder / "probes").iterdir()) == sorted([*full[1:], memory.pictures(KEY)])
+    os.utime(memory.pictures(KEY), (1, 1))
+    memory.keep(key_of("another", 0), 0.25, pair())
+    assert memory.pictures(key_of("another", 0))
+    assert memory.pictures(KEY) is None
+    assert Memory(folder).find(KEY) == 0.5
+    assert len(os.listdir(folder / "probes")) == MOST
+
+
+def test_the_picture_just_kept_stays_whatever_the_clock_says(memory, full):
+    for path in full:
+        os.utime(path, (time.time() + 7200,) * 2)
+    memory.keep(KEY, 0.5, pair())
+    assert memory.pictures(KEY)
+
+
+def test_drawing_again_takes_nobodys_room(folder, memory, full):
+    memory.keep(KEY, 0.5, pair())
+    before = set(os.listdir(folder / "probes"))
+    memory.keep(KEY, 0.75, pair())
+    assert set(os.listdir(folder / "probes")) == before
+
+
+@pytest.mark.parametrize("where", ["unlink", "lstat"])
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ENOENT])
+def test_room_that_cannot_be_made_costs_nothing(folder, memory, monkeypatch, full, where, code):
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, where, fails_with(code))
+        memory.keep(KEY, 0.5, pair())
+        memory.keep(key_of("another", 0), 0.5, pair())
+    assert memory.remarks == []
+    assert memory.pictures(KEY)
+    assert len(os.listdir(folder / "probes")) == MOST + 2
+    memory.keep(key_of("a third", 0), 0.5, pair())
+    assert len(os.listdir(folder / "probes")) == MOST
+
+
+def test_two_processes_make_room_at_once(folder, keeper, full):
+    processes = [keeper(folder, who, 40) for who in "ab"]
+    tell(*processes)
+    assert [process.communicate()[0].split()[-1] for process in processes] == ["39", "39"]
+    memory = Memory(folder)
+    new = [memory.pictures(key_of(who, number)) for who in "ab" for number in range(40)]
+    assert sorted((folder / "probes").iterdir()) == sorted([*full[80:], *new])

@@ -95,6 +95,13 @@ def test_it_is_measured_again_if_asked_to(work, pipe, calls):
     assert len(calls) == 4 * SETTINGS.steps
 
 
+def test_a_picture_that_goes_while_it_is_looked_for_costs_no_number(work, pipe, monkeypatch):
+    first = measured(pipe)
+    first.pictures.unlink()
+    monkeypatch.setattr(Memory, "pictures", lambda self, key: first.pictures)
+    assert measured(pipe) == dataclasses.replace(first, remembered=True, png=None, pictures=None)
+
+
 def other_weights(pipe):
     with torch.no_grad():
         pipe.vae.decoder.conv_out.weight += 0.01
