@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from est_lora.discrepancy import NAMES
-from tests.discrepancy.folders import write_clip, write_dino
+from tests.extractors import write_clip, write_dino
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from est_lora.discrepancy import discrepancy, identity, open_extractor
 from est_lora.discrepancy import extractor as module
 from est_lora.errors import EstLoraError
-from tests.discrepancy.folders import (
+from tests.extractors import (
     PUBLISHED,
     change,
     look,

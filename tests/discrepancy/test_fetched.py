@@ -10,7 +10,7 @@ import torch
 
 from est_lora.discrepancy import open_extractor
 from est_lora.errors import EstLoraError
-from tests.discrepancy.folders import REVISION, look, picture
+from tests.extractors import REVISION, look, picture
 
 pytestmark = pytest.mark.usefixtures("no_network", "no_pickles")
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from est_lora.discrepancy import NAMES, discrepancy, identity, open_extractor
 from est_lora.errors import EstLoraError
-from tests.discrepancy.folders import change, look, picture, refusal
+from tests.extractors import change, look, picture, refusal
 
 pytestmark = pytest.mark.usefixtures("no_network", "no_pickles")
 

@@ -20,7 +20,6 @@ def made(tmp_path_factory):
     pipe.save_pretrained(folder / "model")
     for seed, role in enumerate(("subject", "style")):
         write(folder / f"{role}.safetensors", fitting_lora(pipe.unet, seed, size=1.0))
-    (folder / "weights").mkdir()
     write_dino(folder / "weights")
     return folder
 

@@ -20,7 +20,8 @@ SIDE, STEPS = 64, 3
 @pytest.fixture(autouse=True)
 def extractor(webui, tmp_path_factory):
     """A small one, in a folder of its own for each test: what it has measured, no other test has."""
-    folder = write_dino(tmp_path_factory.mktemp("dino"))
+    folder = tmp_path_factory.mktemp("dino")
+    write_dino(folder)
     with settings(webui, extractor_folder=str(folder), probe_side=SIDE, probe_steps=STEPS):
         yield folder
 

@@ -257,7 +257,8 @@ class TestDiscrepancy:
     @pytest.fixture
     def measured(self, webui, chosen, page, tmp_path):
         """The panel with a pair that is to be measured, in a moment."""
-        with settings(webui, extractor_folder=str(write_dino(tmp_path)), probe_side=64, probe_steps=3):
+        write_dino(tmp_path)
+        with settings(webui, extractor_folder=str(tmp_path), probe_side=64, probe_steps=3):
             page.set("beta_kind", "measured")
             page.until(lambda: "measures its style discrepancy" in page.text("known"), "it is said that it isn't known")
             yield page
