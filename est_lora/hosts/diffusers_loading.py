@@ -174,6 +174,12 @@ def _try_out(scheduler: Any) -> None:
     trial.step(picture, start, picture)
 
 
+def settings_of(scheduler: Any) -> tuple[str, list[tuple[str, str]]]:
+    """The name of a scheduler's class, and all of its settings as texts, sorted."""
+    settings = {key: str(value) for key, value in scheduler.config.items() if not key.startswith("_")}
+    return type(scheduler).__name__, sorted(settings.items())
+
+
 def sampler_names(scheduler: Any) -> tuple[str, str | None]:
     """Sampler and schedule type as AUTOMATIC1111's WebUI names them; what it doesn't have is named as in diffusers."""
     config, kind = scheduler.config, type(scheduler).__name__

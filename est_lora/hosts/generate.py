@@ -16,7 +16,7 @@ from est_lora.discrepancy import identity
 from est_lora.errors import EstLoraError
 from est_lora.hosts import pictures
 from est_lora.hosts.diffusers import fuse, load_plan
-from est_lora.hosts.diffusers_loading import device_and_dtype, sampler_names, set_scheduler
+from est_lora.hosts.diffusers_loading import device_and_dtype, sampler_names, set_scheduler, settings_of
 from est_lora.hosts.drawing import draw, size_of
 from est_lora.hosts.measuring import measure, scheduled, told_by_sums
 from est_lora.hosts.models import files_of, open_model
@@ -162,6 +162,5 @@ def _name_of(model: Path) -> str:
 
 def _fingerprint(sums: Iterable[str], scheduler: Any) -> str:
     """12 hex digits of what the other keys don't say: all that the files hold, and all of the scheduler's settings."""
-    settings = {key: str(value) for key, value in scheduler.config.items() if not key.startswith("_")}
-    told = [*sums, type(scheduler).__name__, *map(repr, sorted(settings.items()))]
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]
+    name, settings = settings_of(scheduler)
+    return hashlib.sha256("\n".join([*sums, name, *map(repr, settings)]).encode()).hexdigest()[:12]

@@ -37,7 +37,7 @@ from est_lora.discrepancy import (
 )
 from est_lora.errors import EstLoraError
 from est_lora.hosts.diffusers import fuse, load_plan, unet_of
-from est_lora.hosts.diffusers_loading import device_and_dtype, set_scheduler
+from est_lora.hosts.diffusers_loading import device_and_dtype, set_scheduler, settings_of
 from est_lora.hosts.drawing import draw, random_kept, size_of
 from est_lora.hosts.models import files_of, open_model
 from est_lora.lora.reading import sha256
@@ -253,8 +253,7 @@ def _check(pipe: Any) -> None:
 
 def _told_by_weights(pipe: Any) -> str:
     """Which model a pipe is, its adapters included: of each tensor, name, type, shape and some entries."""
-    settings = {key: str(value) for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
-    digest = hashlib.sha256(repr((type(pipe.scheduler).__name__, sorted(settings.items()))).encode())
+    digest = hashlib.sha256(repr(settings_of(pipe.scheduler)).encode())
     for part, model in sorted(pipe.components.items()):
         if not isinstance(model, nn.Module):
             continue
