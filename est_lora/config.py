@@ -182,7 +182,9 @@ class FusionConfig:
         webui=True,
     )
     engine: str = _knob(
-        "auto", "how updates are applied; never changes the picture beyond rounding", choices=("auto", "branch")
+        "auto",
+        "how updates are applied; never changes the picture beyond rounding",
+        choices=("auto", "branch", "merge"),
     )
 
     def __post_init__(self) -> None:

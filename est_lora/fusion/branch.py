@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from est_lora.errors import EstLoraError
-from est_lora.fusion.modules import module_shape, unwrapped
-from est_lora.gate import BOTH, STYLE, SUBJECT, LayerPlan
-from est_lora.lora import Shape, Update, misfit
+from est_lora.fusion.acting import Acting
+from est_lora.fusion.modules import module_shape, unhook, unwrapped
+from est_lora.gate import BOTH
+from est_lora.lora import Shape, Update
 
 
 class Term:
@@ -21,10 +22,10 @@ class Term:
     that nothing can be computed in.
     """
 
-    def __init__(self, update: Update, weight: float, module: nn.Module) -> None:
-        """Fits `update`, applied at strength `weight`, to `module`, whose shape it has."""
+    def __init__(self, update: Update, strength: float, module: nn.Module) -> None:
+        """Fits `update`, applied at `strength`, to `module`, whose shape it has."""
         self._update = update
-        self._weight = weight
+        self._strength = strength
         # Padding, stride and any tiling patched onto it are the module's own.
         self._convolve: Callable[[Tensor, Tensor, None], Tensor] | None = getattr(module, "_conv_forward", None)
         # A 1 x 1 convolution and a linear layer are the same thing, and files don't agree on which of the two it is.
@@ -32,28 +33,46 @@ class Term:
         self._inputs: int = module_shape(module)[1]
         self._cast: _Cast | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """`dW x`, and what the update adds to the bias."""
-        if self._cast is None or self._cast.first.device != x.device or self._cast.first.dtype != x.dtype:
-            self._cast = self._for(x)
-        first, up, scale, bias = self._cast
-        out = functional.linear(x, first) if self._convolve is None else self._convolve(x, first, None)
-        out = out * scale
-        if up is not None:
-            out = functional.linear(out, up) if self._convolve is None else functional.conv2d(out, up)
-        return out if bias is None else out + bias
+    def thin_first(self, like: Tensor) -> Tensor | None:
+        """The thin factor that meets the input of a linear layer, on the device and in the dtype of `like`, if any."""
+        cast = self._for(like)
+        return None if self._convolve is not None or cast.up is None else cast.first
+
+    def __call__(self, x: Tensor, output: Tensor, inner: Tensor | None = None) -> Tensor:
+        """`output` and what the update adds to it.
+
+        Args:
+            x: what the layer was called with.
+            output: what it returned; it may be overwritten.
+            inner: the product of `x` and `thin_first`, where somebody has it already.
+        """
+        first, up, scale, bias = self._for(x)
+        if self._convolve is not None:
+            out = self._convolve(x, first, None)
+            out = out if up is None else functional.conv2d(out, up)
+            output = torch.add(output, out.to(output.dtype), alpha=scale)
+            return output if bias is None else output + bias.to(output.dtype)
+        if up is None:
+            inner, up = x, first
+        elif inner is None:
+            inner = functional.linear(x, first)
+        output = _added(output, inner.to(output.dtype), up.to(output.dtype), scale)
+        return output if bias is None else output + bias.to(output.dtype)
 
     def _for(self, x: Tensor) -> _Cast:
         """The two thin factors, or where it has none the dense update, on the device and in the dtype of `x`."""
-        factors, bias = self._update.factors(), self._update.bias
-        up, first, scale = factors or (None, self._update.dense(), 1.0)
-        first = first.reshape(first.shape[0], self._inputs, *self._kernel)
-        ones = [1] * len(self._kernel)
-        if up is not None:
-            up = up.reshape(*up.shape[:2], *ones).to(x.dtype).to(x.device)
-        if bias is not None:
-            bias = (bias.float() * self._weight).reshape(-1, *ones).to(x.dtype).to(x.device)
-        return _Cast(first.to(x.dtype).to(x.device), up, scale * self._weight, bias)
+        cast = self._cast
+        if cast is None or cast.first.device != x.device or cast.first.dtype != x.dtype:
+            factors, bias = self._update.factors(), self._update.bias
+            up, first, scale = factors or (None, self._update.dense(), 1.0)
+            ones = [1] * len(self._kernel)
+            first = first.reshape(first.shape[0], self._inputs, *self._kernel).to(x.dtype).to(x.device)
+            if up is not None:
+                up = up.reshape(*up.shape[:2], *ones).to(x.dtype).to(x.device)
+            if bias is not None:
+                bias = (bias.float() * self._strength).reshape(-1, *ones).to(x.dtype).to(x.device)
+            self._cast = cast = _Cast(first, up, scale * self._strength, bias)
+        return cast
 
 
 class _Cast(NamedTuple):
@@ -72,52 +91,101 @@ class BranchLayer:
         ran: whether it was ever called; a compiled model may pass hooks by.
     """
 
-    def __init__(self, plan: LayerPlan, module: nn.Module, subject_weight: float, style_weight: float) -> None:
-        """Prepares both updates of `plan` for `module`.
-
-        Raises:
-            EstLoraError: an update's shape isn't the module's, or it still waits for the model's own weight.
-        """
-        inner = unwrapped(module)
-        shape = module_shape(inner)
-        used = {segment.acts for segment in plan.segments}
-        self._terms: dict[str, tuple[Term, ...]] = {}
-        for acts, update, weight in ((SUBJECT, plan.subject, subject_weight), (STYLE, plan.style, style_weight)):
-            if update is None or not used & {acts, BOTH}:
-                continue
-            if not update.fits(shape):
-                raise misfit(f"The {acts}", plan.layer.name, update, shape)
-            if update.needs_model:
-                raise EstLoraError(
-                    f"The {acts}'s update of {plan.layer.name} depends on the layer's own weight, and this plan was made"
-                    " without the model: make it with the model's weights."
-                )
-            self._terms[acts] = (Term(update, weight, inner),)
-        self._terms[BOTH] = tuple(term for terms in self._terms.values() for term in terms)
+    def __init__(self, module: nn.Module, acting: Acting) -> None:
+        """Prepares the updates that act in `module`; nothing is added before `activate`."""
+        self._module = module
+        self._acting = acting
+        self._terms = {update: Term(update, strength, unwrapped(module)) for update, strength in acting.of(BOTH)}
         self._active: tuple[Term, ...] = ()
+        self._shared: SharedInput | None = None
         self.ran = False
+
+    @property
+    def attached(self) -> bool:
+        """Whether the module runs this hook."""
+        return any(hook is self for hook in self._module._forward_hooks.values())
+
+    def attach(self) -> None:
+        """Hangs the hook on the module."""
+        self._module.register_forward_hook(self)
+
+    def share(self, shared: SharedInput) -> None:
+        """Lets the first product be made together with those of the layers that have the same input."""
+        self._shared = shared
 
     def activate(self, acts: str) -> None:
         """From now on `acts` (subject, style, both, none) is added."""
-        self._active = self._terms.get(acts, ())
+        self._active = tuple(self._terms[update] for update, _ in self._acting.of(acts))
+        if self._shared is not None:
+            self._shared.forget()
 
-    def hangs_on(self, module: nn.Module) -> bool:
-        """Whether `module` runs this hook."""
-        return any(hook is self for hook in module._forward_hooks.values())
+    def thin_first(self, x: Tensor) -> Tensor | None:
+        """That of the term that acts now, where there is just one."""
+        return self._active[0].thin_first(x) if len(self._active) == 1 else None
+
+    def watch(self) -> None:
+        """Looks whether the layer is called at all, which it does anyway."""
+
+    def remove(self) -> None:
+        """Takes the hook off. May be called at any time, and again."""
+        unhook(self._module, self)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """The forward hook."""
         self.ran = True
+        x = args[0]
+        inner = None if self._shared is None else self._shared.inner(self, x)
         for term in self._active:
-            output = output + term(args[0]).to(output.dtype)
+            output = term(x, output, inner)
         return output
 
 
-def remove_branches(model: nn.Module) -> int:
-    """Takes every branch hook off `model`, whoever left it there; returns how many there were."""
-    found = 0
-    for module in model.modules():
-        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, BranchLayer)]:
-            del module._forward_hooks[key]
-            found += 1
-    return found
+class SharedInput:
+    """Layers that are called with the same tensor, one after the other: their first products are made as one."""
+
+    def __init__(self, layers: Sequence[BranchLayer]) -> None:
+        """Takes linear layers, in the order in which the model calls them."""
+        self._layers = tuple(layers)
+        self._stacked: Tensor | None = None
+        self._sizes: list[int] = []
+        self._is_stacked = False
+        self._x: Tensor | None = None
+        self._inner: dict[BranchLayer, Tensor] = {}
+
+    def forget(self) -> None:
+        """A layer has switched."""
+        self._is_stacked, self._x, self._inner = False, None, {}
+
+    def inner(self, layer: BranchLayer, x: Tensor) -> Tensor | None:
+        """What the active term of `layer` makes of `x` first, where that has been made already."""
+        if layer is self._layers[0]:
+            self._begin(x)
+        if self._x is not x:  # a model may well give them different tensors
+            return None
+        found = self._inner.pop(layer, None)
+        if not self._inner:
+            self._x = None
+        return found
+
+    def _begin(self, x: Tensor) -> None:
+        if self._inner:  # the last time, somebody was called with another tensor: what was made for him was for nothing
+            self._stacked, self._x, self._inner = None, None, {}
+        stacked = self._stacked
+        if not self._is_stacked or (stacked is not None and (stacked.device, stacked.dtype) != (x.device, x.dtype)):
+            firsts = [layer.thin_first(x) for layer in self._layers]
+            thin = [first for first in firsts if first is not None]
+            self._stacked = stacked = torch.cat(thin) if len(thin) == len(firsts) else None
+            self._sizes = [len(first) for first in thin]
+            self._is_stacked = True
+        if stacked is not None:
+            parts = torch.split(functional.linear(x, stacked), self._sizes, dim=-1)
+            self._x, self._inner = x, dict(zip(self._layers, parts))
+
+
+def _added(output: Tensor, inner: Tensor, up: Tensor, scale: float) -> Tensor:
+    """`output + inner @ up^T * scale` by one operation, in place where nobody can notice."""
+    rows, added = output.reshape(-1, output.shape[-1]), (inner.reshape(-1, inner.shape[-1]), up.t())
+    if output.requires_grad or up.requires_grad or rows.data_ptr() != output.data_ptr():
+        return torch.addmm(rows, *added, alpha=scale).reshape(output.shape)
+    rows.addmm_(*added, alpha=scale)
+    return output

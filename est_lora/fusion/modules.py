@@ -15,6 +15,8 @@ _WRAPPERS = ("_orig_mod.", "base_model.model.")
 _TEXT_MODEL = "text_model."
 # What peft's layers keep whose merged weight is the original plus a difference.
 _ADDED = {"lora_A", "hada_w1_a", "lokr_w1"}
+# What a module carries while the merge engine has its weight.
+TAKEN = "est_lora_merged"
 _SIZES = ("in_features", "out_features", "in_channels", "out_channels", "kernel_size")
 
 
@@ -40,6 +42,13 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
+def unhook(module: nn.Module, hook: object) -> None:
+    """Takes a forward hook off a module, however often it hangs there."""
+    hooks = module._forward_hooks
+    for key in [key for key, each in hooks.items() if each is hook]:
+        del hooks[key]
+
+
 def module_shape(module: nn.Module) -> Shape:
     """(out, in) of a linear layer, (out, in, kh, kw) of a convolution with a kernel larger than 1 x 1; () of others.
 
@@ -60,7 +69,7 @@ def module_shape(module: nn.Module) -> Shape:
 def original_weight(module: nn.Module) -> tuple[Weight, Shape] | None:
     """What reads the weight that a layer came with, and its shape; None where the weight can't be read.
 
-    A user's own adapter that has been merged into the weight is taken out of what is read, not out of the model.
+    What a fusion or a user's own adapter has merged into the weight is taken out of what is read, not out of the model.
     """
     layer = unwrapped(module)
     weight, shape = getattr(layer, "weight", None), module_shape(layer)
@@ -77,7 +86,8 @@ def original_weight(module: nn.Module) -> tuple[Weight, Shape] | None:
         return None
 
     def read() -> Tensor:
-        own: Any = layer.weight
+        taken = getattr(layer, TAKEN, None)
+        own: Any = layer.weight if taken is None else taken.original
         for wrapper, adapter in merged:
             own = own - wrapper.get_delta_weight(adapter)  # type: ignore[operator]
         original: Tensor = own.detach()

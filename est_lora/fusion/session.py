@@ -5,31 +5,58 @@ from __future__ import annotations
 import logging
 import weakref
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from est_lora.errors import EstLoraError
-from est_lora.fusion.branch import BranchLayer, remove_branches
+from est_lora.errors import EstLoraError, reason
+from est_lora.fusion.acting import Acting
+from est_lora.fusion.branch import BranchLayer, SharedInput
+from est_lora.fusion.merge import MergedLayer, is_plain, merged_into
 from est_lora.fusion.modules import find, module_shape, modules_of, unwrapped
 from est_lora.gate import NONE, FusionPlan, LayerPlan, Segment
 from est_lora.lora.names import UNET
 
 log = logging.getLogger(__name__)
 
+# Where original weights wait while others take their place.
+DEVICE, CPU, NEVER = "device", "cpu", "never"
+# The projections that a self-attention calls with one tensor, and a cross-attention.
+_SHARING = {"attn1": ("to_q", "to_k", "to_v"), "attn2": ("to_k", "to_v")}
+
+
+@dataclass
+class _Layer:
+    """One layer of the plan that this model has, and what carries it out."""
+
+    plan: LayerPlan
+    module: nn.Module
+    acting: Acting
+    engine: BranchLayer | MergedLayer
+    acts: str = NONE
+
 
 class FusionSession:
     """Carries out `plan` on `model`: `attach()`, `at(tau)` before each call of the model, `detach()`.
 
-    Nothing of the model is changed but forward hooks, and those are gone after `detach()`, after the `with` block
-    (however it ends), and when the session is garbage-collected.
+    While it is attached, a layer has a forward hook (the branch engine) or other values for a weight (the merge engine).
+    The hooks are gone and the weights are the original ones after `detach()`, after the `with` block (however it ends),
+    and when the session is garbage-collected.
     """
 
     def __init__(
-        self, model: nn.Module, plan: FusionPlan, part: str = UNET, modules: Mapping[str, nn.Module] | None = None
+        self,
+        model: nn.Module,
+        plan: FusionPlan,
+        part: str = UNET,
+        modules: Mapping[str, nn.Module] | None = None,
+        originals: str = DEVICE,
+        may_merge: Callable[[nn.Module], bool] | None = None,
     ) -> None:
         """Prepares nothing yet.
 
@@ -38,14 +65,21 @@ class FusionSession:
             plan: what every layer does.
             part: `unet`, `text_encoder` or `text_encoder_2`.
             modules: the modules of `model` by diffusers' names, where it has others itself.
+            originals: where weights wait while others take their place: `device`, where they are, if there is room for
+                both; `cpu`, in main memory; `never`: with `engine = auto`, no weight is exchanged.
+            may_merge: told each layer before its weight is exchanged for the first time, when the model is about to be
+                called: the host may bring the weight up to date, and says whether it leaves it alone from then on.
         """
         self.model = model
-        self._modules = modules
         self.plan = plan
         self.part = part
         self.tau: float | None = None
         self.missing: tuple[str, ...] = ()
-        self._layers: list[tuple[BranchLayer, LayerPlan, nn.Module]] = []
+        self._modules = modules
+        self._originals = originals
+        self._may_merge = may_merge
+        self._layers: list[_Layer] = []
+        self._is_decided = False
         self._ran = False
         self._starts: list[float] = []
         self._interval: int | None = None
@@ -56,12 +90,17 @@ class FusionSession:
         """Whether the model runs with this plan: not before `attach`, nor once another session took its place."""
         if self._release is None or not self._release.alive:
             return False
-        return all(layer.hangs_on(module) for layer, _, module in self._layers[:1])
+        return all(layer.engine.attached for layer in self._layers[:1])
 
     @property
     def ran(self) -> bool:
-        """Whether any layer was called since the last `attach`."""
-        return self._ran or any(layer.ran for layer, _, _ in self._layers)
+        """Whether any layer was seen to be called since the last `attach`."""
+        return self._ran or any(layer.engine.ran for layer in self._layers)
+
+    @property
+    def merged(self) -> int:
+        """How many layers have nothing to do in a call, since their updates are in the weights."""
+        return len(self._merging)
 
     @property
     def remarks(self) -> list[str]:
@@ -76,34 +115,41 @@ class FusionSession:
         return said
 
     def attach(self) -> None:
-        """Hangs the hooks on the model, in place of any that an earlier session left there. Nothing acts before `at`.
+        """Takes the model, in place of any earlier session that still has it. Nothing acts before `at`.
 
         Raises:
             EstLoraError: an update's shape isn't its layer's, or the model has none of the layers. Nothing is attached.
         """
         self.detach()
         layers = self._matched()
-        if stale := remove_branches(self.model):
+        if stale := remove_fusion(self.model):
             log.warning("An earlier fusion was still on this model (%d layers); it has been taken off.", stale)
-        if _is_compiled(self.model):
-            torch.compiler.reset()  # what was compiled without hooks never looks for any again
-        handles: list[RemovableHandle] = []
-        # Registered before the first hook hangs: an interrupt in the loop leaves none behind.
-        self._release = weakref.finalize(self, _remove, handles)
+        # Registered before the first layer is touched: an interrupt in the loop leaves none behind.
+        self._release = weakref.finalize(self, _remove, layers)
         try:
-            for layer, _, module in layers:
-                handles.append(module.register_forward_hook(layer))
+            mergeable = self._mergeable(layers)
+            for layer in layers:
+                if layer.module in mergeable:
+                    layer.engine = MergedLayer(layer.module, layer.acting, self._originals == CPU)
+                layer.engine.attach()
         except BaseException:
             self.detach()
-            remove_branches(self.model)  # an interrupt may fall between hanging a hook and noting its handle
+            remove_fusion(self.model)  # an interrupt may fall between hanging a hook and noting its handle
             raise
-        self._ran = False
         self._layers = layers
-        self._starts = sorted({segment.start for _, plan, _ in layers for segment in plan.segments})
+        self._ran = False
+        self._is_decided = False
+        self._starts = sorted({segment.start for layer in layers for segment in layer.plan.segments})
         self._interval = None
+        if _is_compiled(self.model):
+            self._decide(None)  # in a call of compiled code it would be too late for hooks
 
-    def at(self, tau: float) -> None:
+    def at(self, tau: float, device: torch.device | None = None) -> None:
         """The model is about to be called at progress `tau` in [0, 1].
+
+        Args:
+            tau: see above.
+            device: what it is about to compute on, where that is known: a weight that isn't there is being streamed.
 
         Raises:
             EstLoraError: the session isn't attached.
@@ -113,17 +159,29 @@ class FusionSession:
         self.tau = tau
         interval = bisect_right(self._starts, tau)
         if interval != self._interval:
-            for layer, plan, _ in self._layers:
-                layer.activate(plan.acts(tau))
+            if not self._is_decided:
+                self._decide(device)
+            try:
+                self._activate(tau)
+            except RuntimeError as error:  # of a device that has no memory left
+                if not self.merged:
+                    raise
+                log.warning("There is no room for other weights (%s): layers add the updates instead.", reason(error))
+                self.unmerge()
             self._interval = interval
+
+    def unmerge(self) -> None:
+        """Gives all weights back, and goes on with hooks: somebody else is about to change weights."""
+        self._branch(self._merging)
+        if self.tau is not None:
+            self._activate(self.tau)
 
     def detach(self) -> None:
         """Leaves the model as it was. May be called at any time, and again."""
+        self._ran = self.ran
         if self._release is not None and self._release.alive:
             self._release()
-            if _is_compiled(self.model):
-                torch.compiler.reset()  # torch before 2.6 fails where it looks for the hooks that it compiled
-        self._ran = self.ran
+            self._recompile()  # torch before 2.6 fails where it looks for the hooks that it compiled
         self._layers = []
 
     def __enter__(self) -> FusionSession:
@@ -135,7 +193,75 @@ class FusionSession:
     ) -> None:
         self.detach()
 
-    def _matched(self) -> list[tuple[BranchLayer, LayerPlan, nn.Module]]:
+    @property
+    def _merging(self) -> list[_Layer]:
+        return [layer for layer in self._layers if isinstance(layer.engine, MergedLayer)]
+
+    def _activate(self, tau: float) -> None:
+        for layer in self._layers:
+            acts = layer.plan.acts(tau)
+            if acts != layer.acts:
+                layer.engine.activate(acts)
+                layer.acts = acts
+
+    def _mergeable(self, layers: Sequence[_Layer]) -> set[nn.Module]:
+        """The modules whose weights may be exchanged, as far as can be told before the model is called."""
+        engine = self.plan.config.engine
+        if self.part != UNET or engine == "branch" or (engine == "auto" and self._originals == NEVER):
+            return set()
+        if any(hasattr(module, "_diffusers_hook") for module in self.model.modules()):
+            return set()  # weights come and go
+        users = Counter(map(_address, self.model.modules()))
+        modules = (layer.module for layer in layers if not layer.acting.change_bias)
+        return {module for module in modules if is_plain(module) and users[_address(module)] == 1}
+
+    def _decide(self, device: torch.device | None) -> None:
+        """Which layers keep the merge engine, now that the model is about to be called and its weights have settled."""
+        self._is_decided = True
+        settled = [layer for layer in self._merging if self._may_merge is None or self._may_merge(layer.module)]
+        kept = [layer for layer in settled if is_plain(layer.module, device)]
+        if self._originals != CPU and not _is_room_for([layer.module for layer in kept]):
+            kept = []
+        self._branch([layer for layer in self._merging if layer not in kept])
+        if self.plan.config.engine == "merge" and len(kept) < len(self._layers):
+            log.warning(
+                "engine = merge: %d of %d layers keep the branch engine, as their weights are quantised, shared, streamed"
+                " or the host's to change, or there is no room for a second copy.",
+                *(len(self._layers) - len(kept), len(self._layers)),
+            )
+        if not _is_compiled(self.model):
+            self._share()
+            for layer in kept[:1]:
+                layer.engine.watch()
+
+    def _branch(self, layers: Sequence[_Layer]) -> None:
+        for layer in layers:
+            layer.engine.remove()
+            layer.engine, layer.acts = BranchLayer(layer.module, layer.acting), NONE
+            layer.engine.attach()
+        self._recompile()
+
+    def _share(self) -> None:
+        """Layers that are called with one tensor make their first products together."""
+        branches = {
+            layer.plan.layer.name: layer.engine
+            for layer in self._layers
+            if isinstance(layer.engine, BranchLayer) and len(module_shape(layer.module)) == 2
+        }
+        for parent in {name.rpartition(".")[0] for name in branches}:
+            names = (f"{parent}.{leaf}" for leaf in _SHARING.get(parent.rpartition(".")[2], ()))
+            together = [branches[name] for name in names if name in branches]
+            if len(together) > 1:
+                shared = SharedInput(together)
+                for branch in together:
+                    branch.share(shared)
+
+    def _recompile(self) -> None:
+        """What was compiled without hooks never looks for any again."""
+        if self.merged < len(self._layers) and _is_compiled(self.model):
+            torch.compiler.reset()
+
+    def _matched(self) -> list[_Layer]:
         modules = modules_of(self.model) if self._modules is None else self._modules
         config = self.plan.config
         if self.part == UNET:
@@ -157,8 +283,8 @@ class FusionSession:
                     " call pipe.unfuse_qkv_projections() first."
                 )
             else:
-                layer = BranchLayer(plan, module, *strengths)
-                matched.append((layer, plan, module))
+                acting = Acting.of_plan(plan, module, *strengths)
+                matched.append(_Layer(plan, module, acting, BranchLayer(module, acting)))
         if missing and not matched and self.part == UNET:
             raise EstLoraError(
                 f"None of the {len(missing)} layers that the two LoRAs change is in this model, e.g. {missing[0]}:"
@@ -186,6 +312,41 @@ def _is_compiled(model: nn.Module) -> bool:
     )
 
 
-def _remove(handles: list[RemovableHandle]) -> None:
-    while handles:
-        handles.pop().remove()
+def remove_fusion(model: nn.Module) -> int:
+    """Takes every hook off `model` and every merged update out of it, whoever left it there; returns how many."""
+    found: list[BranchLayer | MergedLayer] = []
+    for module in model.modules():
+        found += [hook for hook in module._forward_hooks.values() if isinstance(hook, BranchLayer)]
+        found += [merged for merged in [merged_into(module)] if merged is not None]
+    for engine in found:
+        engine.remove()
+    return len(found)
+
+
+def _remove(layers: Sequence[_Layer]) -> None:
+    for layer in layers:
+        layer.engine.remove()
+
+
+def _address(module: nn.Module) -> int:
+    """Where the weight of a module lies; 0 for a module without one."""
+    weight = module._parameters.get("weight")
+    return 0 if weight is None or weight.is_meta else weight.data_ptr()
+
+
+def _is_room_for(modules: Sequence[nn.Module]) -> bool:
+    """Whether their weights fit a second time, in half of the memory that is free: the model needs some to compute."""
+    weights: list[Any] = [module.weight for module in modules]
+    if not weights:
+        return True
+    needed, device = sum(weight.nbytes for weight in weights), weights[0].device
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    else:
+        try:
+            import psutil
+        except ImportError:  # nobody tells
+            return True
+        free = psutil.virtual_memory().available
+    return bool(2 * needed <= free)

@@ -56,7 +56,8 @@ def fuse(
     def tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if session.attached:  # not where a later fusion of the same model has taken its place
             timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-            session.at(_progress(pipe.scheduler, timestep, config.clock))
+            sample = kwargs["sample"] if "sample" in kwargs else args[0]
+            session.at(_progress(pipe.scheduler, timestep, config.clock), sample.device)
 
     with ExitStack() as undone:
         undone.callback(unet.register_forward_pre_hook(tell, with_kwargs=True).remove)

@@ -1,7 +1,8 @@
-"""The session on small torch models: the branch engine against weights merged by hand, and a model left as it was."""
+"""The session on small torch models: both engines against weights merged by hand, and a model left as it was."""
 
 from __future__ import annotations
 
+import copy
 import gc
 import hashlib
 from types import SimpleNamespace
@@ -78,7 +79,7 @@ def plan_of(tmp_path, subject, style, **knobs):
 
 
 def expected_output(module, x, updates):
-    """What the layer would return with `updates` merged into its weight, in float64."""
+    """What the layer, as it was made, would return with `updates` merged into its weight, in float64."""
     merged = nn.utils.skip_init(type(module), **_shape(module)).double()
     weight = module.weight.double()
     for update, strength in updates:
@@ -94,14 +95,16 @@ def _shape(module):
     return {name: getattr(module, name) for name in names}
 
 
+@pytest.mark.parametrize("engine", ["branch", "merge"])
 @pytest.mark.parametrize("method", ["est", "k-lora", "sum", "subject", "style"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
-def test_branch_equals_weights_merged_by_hand(tmp_path, method, dtype, tolerance):
+def test_it_equals_weights_merged_by_hand(tmp_path, method, dtype, tolerance, engine):
     if dtype == torch.float16 and torch.__version__ < "2.3":
         pytest.skip("this torch has no half precision on the CPU")
     subject, style = pair()
-    plan = plan_of(tmp_path, subject, style, method=method, subject_weight=0.8, style_weight=-1.3)
+    plan = plan_of(tmp_path, subject, style, method=method, engine=engine, subject_weight=0.8, style_weight=-1.3)
     model = tree(EVERYTHING, dtype)
+    untouched = copy.deepcopy(model)
     acted = set()
     with FusionSession(model, plan) as session, torch.no_grad():
         for tau in TAUS:
@@ -116,7 +119,7 @@ def test_branch_equals_weights_merged_by_hand(tmp_path, method, dtype, tolerance
                 if acts in ("style", "both"):
                     updates.append((style[name].dense, -1.3))
                 x = some_input(module, dtype)
-                wanted = expected_output(module, x, updates)
+                wanted = expected_output(layer(untouched, name), x, updates)
                 got = module(x)
                 assert got.dtype == dtype
                 error = (got.double() - wanted).norm() / wanted.norm()
@@ -229,7 +232,8 @@ def test_changing_the_inputs_type_loses_no_precision(tmp_path):
     subject, style = pair(names=(name,))
     module = layer(model, name)
     x = some_input(module)
-    with FusionSession(model, plan_of(tmp_path, subject, style, method="subject")) as session, torch.no_grad():
+    plan = plan_of(tmp_path, subject, style, method="subject", engine="branch")
+    with FusionSession(model, plan) as session, torch.no_grad():
         session.at(0.5)
         before = module(x)
         model.bfloat16()
@@ -291,12 +295,13 @@ ENDS = {
 }
 
 
+@pytest.mark.parametrize("engine", ["branch", "merge"])
 @pytest.mark.parametrize("end", ENDS)
-def test_the_model_is_byte_for_byte_as_before(tmp_path, end):
+def test_the_model_is_byte_for_byte_as_before(tmp_path, end, engine):
     model = tree(EVERYTHING)
     model.user_hook = layer(model, ATTENTION_LAYERS[0]).register_forward_hook(lambda *_: None)
     before = state_hash(model), hooks(model), sorted(name for name, _ in model.named_modules())
-    session = FusionSession(model, plan_of(tmp_path, *pair()))
+    session = FusionSession(model, plan_of(tmp_path, *pair(), engine=engine))
     try:
         ENDS[end](session)
     except (RuntimeError, KeyboardInterrupt):
@@ -308,7 +313,7 @@ def test_the_model_is_byte_for_byte_as_before(tmp_path, end):
 
 def test_a_later_session_takes_the_place_of_an_earlier_one(tmp_path, caplog):
     model = tree(EVERYTHING)
-    plan = plan_of(tmp_path, *pair())
+    plan = plan_of(tmp_path, *pair(), engine="branch")
     first, second = FusionSession(model, plan), FusionSession(model, plan)
     first.attach()
     count = hooks(model)
@@ -337,7 +342,7 @@ def test_an_interrupt_while_attaching_leaves_nothing(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(module, *args, **kwargs)
 
-    session = FusionSession(model, plan_of(tmp_path, *pair()))
+    session = FusionSession(model, plan_of(tmp_path, *pair(), engine="branch"))
     monkeypatch.setattr(nn.Module, "register_forward_hook", interrupted)
     with pytest.raises(KeyboardInterrupt):
         session.attach()

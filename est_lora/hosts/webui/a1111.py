@@ -119,6 +119,30 @@ class A1111Host(Host):
         kept = getattr(module, "network_weights_backup", None)
         return kept if isinstance(kept, Tensor) else None
 
+    def settle(self, module: nn.Module) -> bool:
+        """Has the Lora extension do what it would do when the layer is called: afterwards would be too late.
+
+        It would take what we have merged for the checkpoint's own weight, keep that as its backup, and bring it back.
+        """
+        networks = sys.modules.get("networks")
+        if networks is None:
+            return True
+        from modules import shared
+
+        if getattr(shared.opts, "lora_functional", False):
+            return False  # it restores the weight before each call
+        try:
+            networks.network_apply_weights(module)
+        except RuntimeError:  # it has lost its backup
+            return False
+        return True
+
+    @property
+    def merged(self) -> object:
+        """By what the Lora extension tells whether a layer is up to date."""
+        loaded = getattr(sys.modules.get("networks"), "loaded_networks", [])
+        return tuple((each.name, each.te_multiplier, each.unet_multiplier, each.dyn_dim) for each in loaded)
+
     def _network_layers(self, plan: FusionPlan) -> dict[str, _Layer]:
         config = plan.config
         layers: dict[str, _Layer] = {}

@@ -10,13 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from est_lora import clock
-from est_lora.fusion import FusionSession, find, modules_of, remove_branches
+from est_lora.fusion import FusionSession, find, modules_of, remove_fusion
 from est_lora.gate import FusionPlan
 from est_lora.hosts.webui.host import Host, scalar
 from est_lora.lora import Shape, Weight
 
 # What the family calls the text encoders, by what diffusers calls them. SD2's stands alone, so it is the first.
 _ENCODERS = {"text_encoder": ("clip_l", "clip_h"), "text_encoder_2": ("clip_g",)}
+
+# What a layer has whose weight is made in each call: a LoRA that isn't merged, patches, a scale of fp8.
+_COMPUTES_WEIGHT = ("forge_online_loras", "weight_function", "scale_weight")
 
 
 class ForgeHost(Host):
@@ -85,7 +88,7 @@ class ForgeHost(Host):
 
     def tidy(self) -> int:
         """Hooks of ours on text encoders."""
-        return sum(remove_branches(encoder) for encoders in self._encoders.values() for encoder in encoders.values())
+        return sum(remove_fusion(encoder) for encoders in self._encoders.values() for encoder in encoders.values())
 
     def backup(self, name: str, module: nn.Module) -> Tensor | None:
         """As the patcher keeps it while a LoRA is merged."""
@@ -95,6 +98,10 @@ class ForgeHost(Host):
             if kept is not None:
                 return getattr(kept, "weight", kept)
         return None
+
+    def settle(self, module: nn.Module) -> bool:
+        """The loader has merged its LoRAs by now, unless it was asked to add them in each call."""
+        return not any(getattr(module, name, None) for name in _COMPUTES_WEIGHT)
 
     @cached_property
     def _encoders(self) -> dict[str, dict[str, nn.Module]]:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from est_lora import clock
@@ -58,6 +59,18 @@ class Host(ABC):
     @abstractmethod
     def backup(self, name: str, module: nn.Module) -> Tensor | None:
         """The original of a weight that the host has changed for its own LoRAs, or None where it hasn't."""
+
+    @abstractmethod
+    def settle(self, module: nn.Module) -> bool:
+        """Has the host put its own LoRAs into a layer now, if it hasn't yet; whether it leaves the weight alone then.
+
+        Called for each layer when the UNet is about to be called for the first time.
+        """
+
+    @property
+    def merged(self) -> object:
+        """What of its own LoRAs the host wants to be in the weights. When this changes, it writes into them."""
+        return None
 
     @property
     def obstacle(self) -> str | None:
@@ -139,6 +152,11 @@ def progress(host: Host, starts: list[float], args: tuple[Any, ...], kwargs: Map
     if starts:
         return clock.from_step(host.level(timestep, kwargs), starts)
     return host.tau(timestep, kwargs)
+
+
+def device_of(args: tuple[Any, ...]) -> torch.device | None:
+    """What a call of the UNet computes on, by its first argument."""
+    return args[0].device if args and isinstance(args[0], Tensor) else None
 
 
 def scalar(tensor: Tensor) -> float:

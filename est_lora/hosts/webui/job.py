@@ -17,12 +17,12 @@ from torch import nn
 from est_lora import report
 from est_lora.config import BETA_UNMEASURED, FusionConfig
 from est_lora.errors import EstLoraError, explained, quote
-from est_lora.fusion import FusionSession, remove_branches
+from est_lora.fusion import FusionSession, remove_fusion
 from est_lora.gate import FusionPlan
-from est_lora.hosts.webui import axes, infotext, request
+from est_lora.hosts.webui import axes, infotext, request, settings
 from est_lora.hosts.webui.a1111 import A1111Host
 from est_lora.hosts.webui.forge import ForgeHost
-from est_lora.hosts.webui.host import Host, progress, step_starts, unwrapped_model
+from est_lora.hosts.webui.host import Host, device_of, progress, step_starts, unwrapped_model
 from est_lora.hosts.webui.loras import LoraList
 from est_lora.hosts.webui.measuring import Measuring, key_of, memory
 from est_lora.hosts.webui.probes import Stopped
@@ -186,10 +186,19 @@ class Job:
         starts = step_starts(host, self._p) if plan.config.clock == "step" else []
         if plan.config.clock == "step" and not starts:
             self.say(f"{self._p.sampler_name} has no list of steps: EST-LoRA takes the timestep for its clock.")
-        session = FusionSession(unwrapped_model(host.unet), plan, modules=host.modules)
+        # A refiner may be loaded into the same modules, and would be taken for what the weights were.
+        keeps = getattr(self._p, "refiner_checkpoint_info", None) is None
+        session = FusionSession(
+            unwrapped_model(host.unet),
+            plan,
+            modules=host.modules,
+            originals=settings.originals(),
+            may_merge=lambda module: keeps and host.settle(module),
+        )
         with ExitStack() as attached:
             attached.enter_context(_uncompiled())
             attached.enter_context(session)
+            _end_with_sampling(self._p.sampler, session)
             hook = Progress(session, host, starts)
             attached.callback(host.unet.register_forward_pre_hook(hook, with_kwargs=True).remove)
             attached.callback(self._look_back, session, host)
@@ -276,6 +285,7 @@ class Progress:
         self._session = session
         self._host = host
         self._starts = starts
+        self._merged = host.merged
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The forward pre-hook."""
@@ -284,9 +294,29 @@ class Progress:
         if self._host.still_loaded():
             tau = progress(self._host, self._starts, args, kwargs)
             self.taus.append(tau)
-            self._session.at(tau)
+            if self._host.merged != self._merged:
+                self._merged = self._host.merged
+                self._session.unmerge()
+            self._session.at(tau, device_of(args))
         else:
             self._session.detach()
+
+
+def _end_with_sampling(sampler: Any, session: FusionSession) -> None:
+    """Has the weights be given back when the sampler is done: what a host does next may be to move or exchange them."""
+    launch = getattr(
+        sampler, "launch_sampling", None
+    )  # all of the hosts' own have it; they are made anew for each pass
+    if launch is None:
+        return
+
+    def launched(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return launch(*args, **kwargs)
+        finally:
+            session.detach()
+
+    sampler.launch_sampling = launched
 
 
 @contextmanager
@@ -314,7 +344,7 @@ def _tidy(p: Any) -> None:
         for key in [key for key, hook in hooks.items() if isinstance(hook, Progress)]:
             del hooks[key]
             host.unet._forward_pre_hooks_with_kwargs.pop(key, None)
-        if remove_branches(host.unet) + host.tidy():
+        if remove_fusion(host.unet) + host.tidy():
             log.warning("An earlier fusion was still on the model; it has been taken off.")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from est_lora.config import FIELDS, FILES, Field
 from est_lora.discrepancy import NAMES, ProbeSettings
 from est_lora.errors import EstLoraError
+from est_lora.fusion import CPU, DEVICE, NEVER
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +19,8 @@ _PREFIX = "est_lora_"
 _DRAW_MAP, _SAVE_MAP, _LOG = "est_lora_draw_map", "est_lora_save_map", "est_lora_log"
 _LEVELS = {"warnings": logging.WARNING, "every fusion": logging.INFO, "every layer": logging.DEBUG}
 _STEP = 0.05
+_ORIGINALS = "est_lora_originals"
+_KEPT = {"on the same device": DEVICE, "in main memory": CPU, "nowhere: don't merge": NEVER}
 _EXTRACTOR, _FOLDER = "est_lora_extractor", "est_lora_extractor_folder"
 _PROBE = "est_lora_probe_"
 _PROMPTS = ("of the files' own words", "of each picture")
@@ -54,6 +57,11 @@ def draws_map() -> bool:
 def saves_map() -> bool:
     """Whether the gate map is saved beside each picture."""
     return bool(_read(_SAVE_MAP, False))
+
+
+def originals() -> str:
+    """Where weights of the UNet wait while a fusion has others in their place."""
+    return _KEPT.get(str(_read(_ORIGINALS, "")), DEVICE)
 
 
 def extractor() -> tuple[str, Path | None]:
@@ -107,6 +115,8 @@ def _add() -> None:
     _add_measuring(add)
     add(_DRAW_MAP, True, "Draw the gate map in the panel", gr.Checkbox, {})
     add(_SAVE_MAP, False, "Save the gate map beside each saved picture", gr.Checkbox, {}, "NAME-gate-map.png")
+    about = "a picture needs memory for them a second time, and is drawn as fast as one without LoRAs"
+    add(_ORIGINALS, next(iter(_KEPT)), "Original weights wait", gr.Radio, {"choices": list(_KEPT)}, about)
     add(_LOG, next(iter(_LEVELS)), "Log", gr.Radio, {"choices": list(_LEVELS)}).onchange = _set_log_level
 
 

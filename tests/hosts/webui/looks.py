@@ -9,6 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 from est_lora.fusion.branch import BranchLayer
+from est_lora.fusion.merge import merged_into
 from tests.hosts.webui.host import WebUI, pristine
 from tests.hosts.webui.loras import INK, KNIGHT, Loras
 from tests.hosts.webui.networks import clip_changes, tokens_of, unet_changes
@@ -89,5 +90,7 @@ def hooks(web: WebUI) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for model in models(web) for m in model.modules())
 
 
-def our_hooks(model: nn.Module) -> int:
-    return sum(isinstance(hook, BranchLayer) for m in model.modules() for hook in m._forward_hooks.values())
+def our_layers(model: nn.Module) -> int:
+    """How many layers of it a fusion has, by a hook or by their weight."""
+    by_hook = sum(isinstance(hook, BranchLayer) for m in model.modules() for hook in m._forward_hooks.values())
+    return by_hook + sum(merged_into(module) is not None for module in model.modules())

@@ -205,7 +205,14 @@ def karras(steps: int, low: float, high: float) -> Tensor:
     return torch.cat([roots**7, torch.zeros(1)])
 
 
-class SigmaSampler:
+class Sampler:
+    """What all of the hosts' have."""
+
+    def launch_sampling(self, steps: int, func: Any) -> Tensor:
+        return func()
+
+
+class SigmaSampler(Sampler):
     """k-diffusion's."""
 
     def __init__(self, func: Any) -> None:
@@ -237,14 +244,15 @@ class SigmaSampler:
         else:
             sigmas = self.get_sigmas(p, p.steps)
         denoiser = Denoiser(p, cond, uncond, self._timestep)
-        return self.func(denoiser, x, **({} if self.func is adaptive else {"sigmas": sigmas}))
+        given = {} if self.func is adaptive else {"sigmas": sigmas}
+        return self.launch_sampling(len(sigmas) - 1, lambda: self.func(denoiser, x, **given))
 
     def _timestep(self, p: Processing, sigma: Tensor) -> tuple[Tensor, Tensor]:
         predictor = p.web.sd_model.forge_objects.unet.model.predictor if p.web.is_forge else None
         return (to_timestep(sigma) if predictor is None else predictor.timestep(sigma).float()), sigma
 
 
-class TimestepSampler:
+class TimestepSampler(Sampler):
     """DDIM and its kin."""
 
     def __init__(self, func: Any) -> None:
@@ -257,7 +265,8 @@ class TimestepSampler:
         timesteps = self.get_timesteps(p, p.steps)
         if p.is_hr_pass or hasattr(p, "init_images"):
             timesteps = timesteps[: fakes.setup_img2img_steps(p, p.steps if p.is_hr_pass else None)[1]]
-        return self.func(Denoiser(p, cond, uncond, self._timestep), x, timesteps=timesteps)
+        denoiser = Denoiser(p, cond, uncond, self._timestep)
+        return self.launch_sampling(len(timesteps), lambda: self.func(denoiser, x, timesteps=timesteps))
 
     def _timestep(self, p: Processing, timestep: Tensor) -> tuple[Tensor, Tensor]:
         return timestep.float(), _at(SIGMAS.log(), timestep.float()).exp()

@@ -11,7 +11,7 @@ import torch
 from est_lora.fusion import FusionSession
 from est_lora.hosts.webui import job
 from tests.hosts.webui.host import Processing
-from tests.hosts.webui.looks import PANEL, TOLERANCE, Bystander, close, hooks, our_hooks, state_hash
+from tests.hosts.webui.looks import PANEL, TOLERANCE, Bystander, close, hooks, our_layers, state_hash
 from tests.hosts.webui.loras import PAIR
 
 TAGGED = f"a knight {PAIR}"
@@ -65,8 +65,8 @@ def test_after_a_picture_of_sdxl(web_xl):
 
 def test_while_a_picture_is_made(web, before):
     seen = []
-    web.others.append(SimpleNamespace(process_before_every_sampling=lambda p, **_: seen.append(our_hooks(web.unet))))
-    web.others.append(SimpleNamespace(post_sample=lambda p: seen.append(our_hooks(web.unet))))
+    web.others.append(SimpleNamespace(process_before_every_sampling=lambda p, **_: seen.append(our_layers(web.unet))))
+    web.others.append(SimpleNamespace(post_sample=lambda p: seen.append(our_layers(web.unet))))
     web.make(Processing(web, [TAGGED, "a knight", TAGGED]))
     assert seen == [0] * 6
     assert all(call.unet is web.unet for call in web.calls)
@@ -213,7 +213,7 @@ class TestRefiner:
         assert list(p.comments) == ["The refiner drew its part without EST-LoRA: a plan is made for one checkpoint."]
         assert p.extra_generation_params["EST-LoRA subject"] == "knight"
         for model in (web.unet, web.unet_of(old), *web.encoders.values()):
-            assert our_hooks(model) == 0
+            assert our_layers(model) == 0
             assert not model._forward_pre_hooks
         assert "sample" not in vars(p)
 
@@ -344,7 +344,7 @@ class TestLeftBehind:
             p = Processing(web, TAGGED, fails_at=2)
             with pytest.raises(RuntimeError):
                 web.make(p)
-        assert our_hooks(web.unet)
+        assert our_layers(web.unet)
         web.calls.clear()
         return p
 
@@ -367,7 +367,7 @@ class TestLeftBehind:
         kept = self.leave(web, monkeypatch)
         web.select(first)
         web.make(Processing(web, "a knight", enable_hr=True, hr_checkpoint=other, disable_extra_networks=True))
-        assert our_hooks(web.unet_of(other)) == 0
+        assert our_layers(web.unet_of(other)) == 0
         del kept
 
 
