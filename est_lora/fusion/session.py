@@ -223,7 +223,7 @@ class FusionSession:
         if self._originals != CPU and not _is_room_for([layer.module for layer in kept]):
             kept = []
         self._branch([layer for layer in self._merging if layer not in kept])
-        if self.plan.config.engine == "merge" and len(kept) < len(self._layers):
+        if self.part == UNET and self.plan.config.engine == "merge" and len(kept) < len(self._layers):
             log.warning(
                 "engine = merge: %d of %d layers keep the branch engine, as their weights are quantised, shared, streamed"
                 " or the host's to change, or there is no room for a second copy.",

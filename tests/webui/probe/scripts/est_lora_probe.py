@@ -28,6 +28,7 @@ class Probe(scripts.Script):
     """`{"record", "hash", "raise_at", "interrupt_at", "skip_at", "nested", "reload", "reference"}`.
 
     `{"raise_in", "interrupt_in", "skip_in"}` count every call of the UNet since the job began, whoever makes it.
+    `{"weaken_at"}`: after that call the strength of the picture's own LoRAs is halved, as LoRA schedulers do in A1111.
     """
 
     def title(self):
@@ -87,6 +88,10 @@ class Probe(scripts.Script):
             session = getattr(getattr(p, "est_lora", None), "session", None)
             seen["calls"].append([float(t.flatten()[0]), None if session is None else session.tau])
             count = len(seen["calls"])
+            seen["merged"] = max(seen.get("merged", 0), getattr(session, "merged", 0))
+            if count == asked.get("weaken_at"):
+                for network in sys.modules["networks"].loaded_networks:
+                    network.unet_multiplier /= 2
             if count == asked.get("raise_at"):
                 self._remove(p)
                 raise RuntimeError("the probe was told to fail here")
