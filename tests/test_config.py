@@ -31,7 +31,7 @@ PUBLISHED = {  # key: (default, an accepted value, refused values)
     "style_te": (1, -2, [2.5, None]),
     "enabled": (True, False, ["yes", 2, None, 0.5]),
     "hires": ("same", "off", ["none", "est"]),
-    "engine": ("auto", "branch", ["merge", "fast"]),
+    "engine": ("auto", "merge", ["fast", 1]),
 }
 
 

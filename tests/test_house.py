@@ -31,7 +31,7 @@ ABOVE = {
     "__main__": {"cli"},
 }
 OUTSIDE = {"torch", "safetensors"}
-INSIDE_FUNCTIONS = {"filelock", "huggingface_hub", "PIL", "transformers"}
+INSIDE_FUNCTIONS = {"filelock", "huggingface_hub", "PIL", "psutil", "transformers"}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent != PACKAGE)
 FOLDERS = ("benchmarks", "est_lora", "scripts", "tests")
 SOURCES = sorted((*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))))
