@@ -112,8 +112,7 @@ class _Checkpoint:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Checkpoint):
             return False
-        unet = self._unet()
-        return unet is not None and unet is other._unet() and self._entry is other._entry
+        return self._unet() is other._unet() and self._entry is other._entry
 
 
 def _stamp(path: str) -> Hashable:
