@@ -15,7 +15,8 @@ class EstLora(scripts.Script):
     def __init__(self):
         """Once for each tab, when all scripts are loaded."""
         super().__init__()
-        self.panel = webui.Panel()
+        self.plans = webui.Plans()
+        self.panel = webui.Panel(self.plans)
         self.measuring = webui.Measuring()
         webui.add_axes()
 
@@ -37,7 +38,7 @@ class EstLora(scripts.Script):
 
     def process(self, p, *args):
         """A generation starts."""
-        webui.begin(p, args)
+        webui.begin(p, args, self)
 
     def before_process_batch(self, p, *args, **kwargs):
         """A batch is about to begin, its prompts not read yet."""
@@ -45,13 +46,13 @@ class EstLora(scripts.Script):
 
     def after_extra_networks_activate(self, p, *args, extra_network_data=None, **kwargs):
         """The prompts of a batch, or of a second pass, have been read."""
-        webui.prompts_read(p, extra_network_data)
+        webui.prompts_read(p, extra_network_data, self)
 
     def process_batch(self, p, *args, **kwargs):
         """The same, where the host was told to disregard tags."""
         if p.disable_extra_networks:
-            webui.prompts_read(p, p.extra_network_data)
+            webui.prompts_read(p, p.extra_network_data, self)
 
     def process_before_every_sampling(self, p, *args, **kwargs):
         """The sampler is about to start."""
-        webui.before_sampling(p)
+        webui.before_sampling(p, self)

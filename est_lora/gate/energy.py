@@ -16,12 +16,17 @@ _BLOCK = 64
 
 
 def dense_measures(update: Update, count: int = 0) -> tuple[float, float]:
-    """Of the dense update, made once: `sum|dW|`, and the sum of its `count` largest absolute entries.
+    """Of the dense update: `sum|dW|`, and the sum of its `count` largest absolute entries.
 
-    The first is what the published balance compares files by, the second K-LoRA's score (arXiv 2502.18461).
+    The first is what the published balance compares files by, the second K-LoRA's score (arXiv 2502.18461). The update
+    remembers both.
     """
-    entries = update.dense().abs().flatten()
-    return float(entries.sum()), float(_largest(entries, count).sum())
+    known, name = update.numbers, f"sum of {count} largest"
+    if "sum" not in known or (count and name not in known):
+        entries = update.dense().abs().flatten()
+        known[name] = float(_largest(entries, count).sum())
+        known["sum"] = float(entries.sum())
+    return known["sum"], known[name] if count else 0.0
 
 
 def _largest(entries: Tensor, count: int) -> Tensor:

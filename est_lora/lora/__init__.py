@@ -4,7 +4,7 @@ from est_lora.lora.file import LoraFile
 from est_lora.lora.model import ModelFile
 from est_lora.lora.names import LayerId, UNetLayout
 from est_lora.lora.relative import RelativeUpdate, Weight
-from est_lora.lora.update import Factors, LowRankUpdate, Shape, Update, misfit, shape_text, weight_shape
+from est_lora.lora.update import Factors, LowRankUpdate, Numbers, Shape, Update, misfit, shape_text, weight_shape
 
 __all__ = [
     "Factors",
@@ -12,6 +12,7 @@ __all__ = [
     "LoraFile",
     "LowRankUpdate",
     "ModelFile",
+    "Numbers",
     "RelativeUpdate",
     "Shape",
     "UNetLayout",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -22,7 +22,7 @@ from est_lora.lora.names import UNET, LayerId, UNetLayout, read_name
 from est_lora.lora.reading import opened, sha256
 from est_lora.lora.relative import RelativeUpdate, Weight
 from est_lora.lora.scaling import PeftScaling
-from est_lora.lora.update import Shape, Update, is_finite, misfit, shape_text
+from est_lora.lora.update import Numbers, Shape, Update, is_finite, misfit, shape_text
 
 _FAMILIES = {768: "SD1.5", 1024: "SD2", 2048: "SDXL"}
 _WITHOUT_UNET = (
@@ -77,16 +77,23 @@ class LoraFile:
         with opened(path, "LoRA") as file:
             return _Reader(path, file, layout or UNetLayout()).read()
 
-    def on(self, part: str, weight_of: Callable[[str], tuple[Weight, Shape] | None]) -> LoraFile:
+    def on(
+        self,
+        part: str,
+        weight_of: Callable[[str], tuple[Weight, Shape] | None],
+        numbers: defaultdict[LayerId, Numbers] | None = None,
+    ) -> LoraFile:
         """The same file on a model: updates that depend on the weights they change are given these.
 
         Args:
             part: the part of the model, `unet`, `text_encoder` or `text_encoder_2`.
             weight_of: the weight of a layer of that part, by its name, with its shape; None where there is none.
+            numbers: what has been computed of these updates on this model; what will be is put there too.
 
         Raises:
             EstLoraError: an update is for a layer of another shape.
         """
+        numbers = defaultdict(dict) if numbers is None else numbers
         found: dict[LayerId, Update] = {}
         unreadable = dict(self.unreadable)
         for layer, update in (*self.updates.items(), *self.text_encoder.items()):
@@ -96,7 +103,7 @@ class LoraFile:
             if layer.part != part or not isinstance(update, RelativeUpdate):
                 found[layer] = update
             elif weight is not None:
-                found[layer] = update.on(*weight)
+                found[layer] = update.on(*weight, numbers[layer])
             else:
                 unreadable[layer] = update.kind
         return dataclasses.replace(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from est_lora.errors import EstLoraError
-from est_lora.lora.update import LowRankUpdate, Product, Shape, Update
+from est_lora.lora.update import LowRankUpdate, Numbers, Product, Shape, Update
 
 Weight = Callable[[], Tensor]
 """Reads the model's own weight of one layer, (out, in) or (out, in, kh, kw): the original, nothing added to it."""
@@ -29,9 +29,9 @@ class RelativeUpdate(Update):
     base: Weight | None = field(default=None, kw_only=True)
     base_shape: Shape = field(default=(), kw_only=True)
 
-    def on(self, base: Weight, shape: Shape) -> RelativeUpdate:
-        """The same update of the weight that `base` reads, which has `shape`."""
-        return dataclasses.replace(self, base=base, base_shape=shape)
+    def on(self, base: Weight, shape: Shape, numbers: Numbers) -> RelativeUpdate:
+        """The same update of the weight that `base` reads, which has `shape`, with its `numbers` there."""
+        return dataclasses.replace(self, base=base, base_shape=shape, numbers=numbers)
 
     @property
     def needs_model(self) -> bool:

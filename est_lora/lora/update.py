@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from est_lora.errors import EstLoraError
 
 Shape = tuple[int, ...]
+Numbers = dict[str, float]
 _PIECE = 1 << 16
 # Factors that are so short, and squares that sum to a number in this range, lose no more than the 7th digit in float32.
 _SHORT, _LEAST, _MOST = 2048, 1e-20, 1e30
@@ -60,10 +60,12 @@ class Update(ABC):
     Attributes:
         kind: what this form is called.
         bias: what is added to the layer's bias along with it, (out,), or None. The gate doesn't look at it.
+        numbers: what has been computed of `dW`, by name, so that another plan needn't compute it again.
     """
 
     kind: ClassVar[str]
     bias: Tensor | None = field(default=None, kw_only=True)
+    numbers: Numbers = field(default_factory=dict, kw_only=True, repr=False)
 
     @property
     @abstractmethod
@@ -88,9 +90,14 @@ class Update(ABC):
         """Whether it can't be computed before the weight that it changes is known."""
         return False
 
-    @cached_property
+    @property
     def energy(self) -> float:
         """`||dW||_F^2`."""
+        if "energy" not in self.numbers:
+            self.numbers["energy"] = self._energy()
+        return self.numbers["energy"]
+
+    def _energy(self) -> float:
         factors = self.factors()
         if factors is not None:
             return factors.energy
@@ -279,8 +286,7 @@ class KroneckerUpdate(Update):
         (a, b), (c, d, *kernel) = self.small.shape, self.large.shape
         return (a * c, b * d, *kernel)
 
-    @cached_property
-    def energy(self) -> float:
+    def _energy(self) -> float:
         """`||dW||_F^2 = ||small||_F^2 * ||large||_F^2 * scale^2`."""
         small, large = (float(factor.dense().square().sum()) for factor in (self.small, self.large))
         return small * large * self.scale * self.scale

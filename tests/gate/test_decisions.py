@@ -15,7 +15,7 @@ from est_lora import report
 from est_lora.config import FusionConfig
 from est_lora.errors import EstLoraError
 from est_lora.gate import FusionPlan
-from est_lora.lora import LoraFile
+from est_lora.lora import Factors, LoraFile, LowRankUpdate
 from tests import reference
 from tests.files import ATTENTION_LAYERS, CONV, CONVENTIONS, FEED_FORWARD, random_lora, write
 
@@ -172,3 +172,27 @@ def test_measured_discrepancy_is_what_auto_uses(tmp_path):
     assert FusionPlan.of(*files, FusionConfig(beta=0.2), discrepancy=0.31).beta == 0.2
     assert FusionPlan.of(*files, FusionConfig()).beta == 0.5
     assert FusionPlan.of(*files, FusionConfig(method="k-lora", pattern="s*", alpha=2.0), 0.31).beta == 1.7
+
+
+@pytest.mark.parametrize("knobs", [{}, {"balance": "l1"}, {"method": "k-lora"}, {"layers": "all"}], ids=str)
+def test_planned_again_nothing_is_computed_again(tmp_path, monkeypatch, knobs):
+    pair = messy_pair(5)
+    first = plan_of(tmp_path, *pair, **knobs)
+    asked = FusionConfig(beta=0.2, alpha=2.0, lean=0.5, subject_weight=0.3, **knobs)
+    expected = FusionPlan.of(*(LoraFile.load(file.path) for file in (first.subject, first.style)), asked)
+    for kind in (LowRankUpdate, Factors):
+        monkeypatch.setattr(kind, "dense" if kind is LowRankUpdate else "energy", property(pytest.fail))
+    assert report.to_json(FusionPlan.of(first.subject, first.style, asked)) == report.to_json(expected)
+
+
+def test_what_is_remembered_of_an_update_does_not_depend_on_the_order(tmp_path):
+    pair = messy_pair(6)
+    settings = [{"method": "k-lora"}, {"balance": "l1"}, {}, {"method": "k-lora", "layers": "all"}]
+    for order in itertools.permutations(settings):
+        plan = plan_of(tmp_path, *pair, **order[0])
+        for knobs in order[1:]:
+            asked = FusionConfig(**knobs)
+            again = FusionPlan.of(plan.subject, plan.style, asked)
+            assert report.to_json(again) == report.to_json(plan_of(tmp_path, *pair, **knobs))
+    known = [update.numbers for file in (plan.subject, plan.style) for update in file.updates.values()]
+    assert {type(number) for numbers in known for number in numbers.values()} == {float}

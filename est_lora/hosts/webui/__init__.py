@@ -9,12 +9,14 @@ from est_lora.hosts.webui.axes import add as add_axes
 from est_lora.hosts.webui.job import Job
 from est_lora.hosts.webui.measuring import Measuring
 from est_lora.hosts.webui.panel import TITLE, Panel
+from est_lora.hosts.webui.plans import Plans
 from est_lora.hosts.webui.saved import save_map
 
 __all__ = [
     "TITLE",
     "Measuring",
     "Panel",
+    "Plans",
     "add_axes",
     "before_batch",
     "before_sampling",
@@ -38,31 +40,31 @@ def register() -> None:
     script_callbacks.on_script_unloaded(api.guard_requests())
 
 
-def begin(p: Any, arguments: tuple[object, ...]) -> None:
-    """A generation starts, with these values of the panel."""
+def begin(p: Any, arguments: tuple[object, ...], script: Any) -> None:
+    """A generation starts, with these values of the panel: `script` has `Plans`."""
     if isinstance(job := getattr(p, _ATTRIBUTE, None), Job):
         job.release()
-    setattr(p, _ATTRIBUTE, Job(p, panel.read(arguments)))
+    setattr(p, _ATTRIBUTE, Job(p, panel.read(arguments), script.plans))
 
 
 def before_batch(p: Any, script: Any) -> None:
     """A batch is about to begin: `script`, which has a `Measuring`, may draw first what is to be measured."""
-    _job(p).measure(script.measuring, script)
+    _job(p, script).measure(script.measuring, script)
 
 
-def prompts_read(p: Any, found: Any) -> None:
+def prompts_read(p: Any, found: Any, script: Any) -> None:
     """The tags of a batch's prompts, or of the second pass's, have been taken out of them."""
     second_pass = found is getattr(p, "hr_extra_network_data", None)
-    _job(p).prepare(second_pass=second_pass)
+    _job(p, script).prepare(second_pass=second_pass)
 
 
-def before_sampling(p: Any) -> None:
+def before_sampling(p: Any, script: Any) -> None:
     """The sampler is about to start."""
-    _job(p).attach()
+    _job(p, script).attach()
 
 
-def _job(p: Any) -> Job:
+def _job(p: Any, script: Any) -> Job:
     if not isinstance(getattr(p, _ATTRIBUTE, None), Job):
-        begin(p, ())  # another extension's job, whose beginning nobody told us of
+        begin(p, (), script)  # another extension's job, whose beginning nobody told us of
     job: Job = getattr(p, _ATTRIBUTE)
     return job

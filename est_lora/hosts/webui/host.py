@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -15,7 +16,7 @@ from est_lora import clock
 from est_lora.fusion import find, modules_of, original_weight
 from est_lora.gate import FusionPlan
 from est_lora.hosts.webui.steps import has_list
-from est_lora.lora import LayerId, LoraFile, Shape, UNetLayout, Weight
+from est_lora.lora import LayerId, LoraFile, Numbers, Shape, UNetLayout, Weight
 from est_lora.lora.names import TEXT_ENCODERS, UNET, read_name
 
 
@@ -100,15 +101,15 @@ class Host(ABC):
         """Whether the checkpoint is still that with which this began: a refiner may be loaded into the same modules."""
         return _checkpoint(self.sd_model) is self.checkpoint
 
-    def read(self, path: str) -> LoraFile:
-        """A LoRA file, its updates given the weights of this checkpoint.
+    def fit(self, file: LoraFile, numbers: defaultdict[LayerId, Numbers]) -> LoraFile:
+        """`file`, its updates given the weights of this checkpoint, and `numbers` as in `LoraFile.on`.
 
         Raises:
-            EstLoraError: it can't be used.
+            EstLoraError: it is for another model.
         """
-        file = LoraFile.load(path, self.layout).on(UNET, self._unet_weight)
+        file = file.on(UNET, self._unet_weight, numbers)
         for part in TEXT_ENCODERS:
-            file = file.on(part, lambda name, part=part: self.text_weight(part, name))  # type: ignore[misc]
+            file = file.on(part, lambda name, part=part: self.text_weight(part, name), numbers)  # type: ignore[misc]
         return file
 
     def _unet_weight(self, name: str) -> tuple[Weight, Shape] | None:

@@ -25,6 +25,7 @@ from est_lora.hosts.webui.forge import ForgeHost
 from est_lora.hosts.webui.host import Host, device_of, progress, step_starts, unwrapped_model
 from est_lora.hosts.webui.loras import LoraList
 from est_lora.hosts.webui.measuring import Measuring, key_of, memory
+from est_lora.hosts.webui.plans import Plans
 from est_lora.hosts.webui.probes import Stopped
 from est_lora.text import tag
 
@@ -60,7 +61,7 @@ class Fusion:
 
 
 class Job:
-    """What a generation `p` does with two LoRAs. It hangs on `p`, and nothing of it is anywhere else.
+    """What a generation `p` does with two LoRAs. It hangs on `p`, and nothing of it is anywhere else but `plans`.
 
     Attributes:
         session: what is on the UNet at the moment; None between samplings.
@@ -68,16 +69,16 @@ class Job:
         done: the plan of the first pass, and every `tau` at which it was asked; None where there was no fusion.
     """
 
-    def __init__(self, p: Any, given: Mapping[str, object]) -> None:
+    def __init__(self, p: Any, given: Mapping[str, object], plans: Plans) -> None:
         """Notes what the panel or the API asks for, by the keys of the knobs; nothing where it is switched off."""
         self._p = p
         self._given = given
+        self._plans = plans
         self.session: FusionSession | None = None
         self.is_sampling = False
         self.done: tuple[FusionPlan, list[float]] | None = None
         self._second_pass = False
         self._fusion: Fusion | None = None
-        self._plans: dict[tuple[object, ...], FusionPlan] = {}
         self._discrepancies: dict[tuple[str, str], float | None] = {}
         self._text = ExitStack()
         self._sampling = ExitStack()
@@ -254,13 +255,10 @@ class Job:
         if host.obstacle:
             raise EstLoraError(host.obstacle)
         discrepancy = self._discrepancy(host, subject, style) if config.takes_discrepancy else None
-        key = (config, discrepancy, subject.filename, style.filename, id(host.sd_model), id(host.checkpoint))
-        if key not in self._plans:
-            files = (host.read(entry.filename) for entry in (subject, style))
-            self._plans[key] = FusionPlan.of(*files, config, discrepancy)
+        plan = self._plans.of(subject.filename, style.filename, config, discrepancy, host)
         for entry in (subject, style):
             entry.read_hash()
-        return Fusion(host, self._plans[key], subject, style)
+        return Fusion(host, plan, subject, style)
 
     def _refuse(self, error: Exception) -> None:
         why = explained(error)

@@ -13,6 +13,7 @@ from est_lora.errors import EstLoraError, explained
 from est_lora.hosts.webui import measuring, request, settings
 from est_lora.hosts.webui.loras import LoraList
 from est_lora.hosts.webui.paste import NOTHING, Pasted, shown
+from est_lora.hosts.webui.plans import Plans
 from est_lora.hosts.webui.preview import Drawn, Preview, cards, say
 from est_lora.hosts.webui.steps import Sampling
 from est_lora.text import tag
@@ -47,10 +48,11 @@ class Panel:
         knobs: its components by the keys of the knobs; empty before `build`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, plans: Plans) -> None:
+        """Takes what the pictures of the tab have read and planned."""
         self.knobs: dict[str, Any] = {}
         self._page: dict[str, Any] = {}
-        self._preview = Preview()
+        self._preview = Preview(plans)
         self._is_wired = False
 
     def build(self, script: Any) -> list[Any]:

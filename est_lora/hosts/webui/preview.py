@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,9 @@ from est_lora.gate import FusionPlan
 from est_lora.hosts.webui import settings
 from est_lora.hosts.webui.loras import LoraList
 from est_lora.hosts.webui.measuring import Known, known
+from est_lora.hosts.webui.plans import Plans
 from est_lora.hosts.webui.steps import Sampling
-from est_lora.lora import LoraFile
 from est_lora.plot import gate_map_svg
-
-_KEPT = 4  # files: two pairs, as a pair is often compared with another
 
 
 @dataclass
@@ -32,10 +29,11 @@ class Drawn:
 
 
 class Preview:
-    """Plans pairs for the panel. Files stay mapped for the next time; no checkpoint is touched."""
+    """Plans pairs for the panel. No checkpoint is touched."""
 
-    def __init__(self) -> None:
-        self._files: OrderedDict[tuple[object, ...], LoraFile] = OrderedDict()
+    def __init__(self, plans: Plans | None = None) -> None:
+        """Takes what the pictures of the same tab have read and planned."""
+        self._plans = Plans() if plans is None else plans
 
     def plan(self, knobs: Mapping[str, object], prompt: str = "") -> FusionPlan:
         """What will happen, as far as it is known: a style discrepancy may have been measured with `prompt`.
@@ -70,20 +68,8 @@ class Preview:
         return measured, "".join(drawn)
 
     def _plan(self, config: FusionConfig, entries: Sequence[Any], found: Known | None) -> FusionPlan:
-        subject, style = (self._file(entry.filename) for entry in entries)
-        return FusionPlan.of(subject, style, config, None if found is None else found.value)
-
-    def _file(self, path: str) -> LoraFile:
-        try:
-            stat = Path(path).stat()
-        except OSError:  # it has gone since the host looked
-            return LoraFile.load(path)
-        key = (path, stat.st_mtime_ns, stat.st_size)
-        file = self._files.pop(key, None) or LoraFile.load(path)
-        self._files[key] = file
-        while len(self._files) > _KEPT:
-            self._files.popitem(last=False)
-        return file
+        paths = (entry.filename for entry in entries)
+        return self._plans.of(*paths, config, None if found is None else found.value)
 
 
 def cards(names: Sequence[str | None]) -> str:

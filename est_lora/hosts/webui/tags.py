@@ -10,7 +10,7 @@ from est_lora.hosts.webui import panel
 from est_lora.text import tag
 
 
-def register(begin: Callable[[Any, tuple[object, ...]], None]) -> None:
+def register(begin: Callable[[Any, tuple[object, ...], Any], None]) -> None:
     """Enters the tag; to be called when the host has made its registry anew.
 
     Args:
@@ -31,7 +31,7 @@ def register(begin: Callable[[Any, tuple[object, ...]], None]) -> None:
     extra_networks.register_extra_network(Tag(tag.NAME))
 
 
-def _join(p: Any, begin: Callable[[Any, tuple[object, ...]], None]) -> None:
+def _join(p: Any, begin: Callable[[Any, tuple[object, ...], Any], None]) -> None:
     """Puts our script back where another extension has left it out of a job of its own.
 
     ADetailer draws a face again by a job with the prompt of the picture, but with those scripts alone that its settings
@@ -45,4 +45,4 @@ def _join(p: Any, begin: Callable[[Any, tuple[object, ...]], None]) -> None:
     runner.alwayson_scripts = [*runner.alwayson_scripts, ours]
     runner.callback_map = {}  # the copy shares it, and it is trusted wherever the number of scripts is the same
     p.scripts = runner
-    begin(p, tuple(p.script_args[ours.args_from : ours.args_to]))
+    begin(p, tuple(p.script_args[ours.args_from : ours.args_to]), ours)

@@ -40,7 +40,9 @@ def loaded(monkeypatch):
     """The files that were opened."""
     loaded = []
     load = LoraFile.load
-    monkeypatch.setattr(LoraFile, "load", lambda path: loaded.append(os.path.basename(path)) or load(path))
+    monkeypatch.setattr(
+        LoraFile, "load", lambda path, layout: loaded.append(os.path.basename(path)) or load(path, layout)
+    )
     return loaded
 
 
@@ -68,26 +70,6 @@ def test_files_are_opened_once(loaded):
     for lean in (0.0, 0.5):
         shown.draw({**NAMED, "lean": lean}, SAMPLING)
     assert loaded == ["knight.safetensors", "ink.safetensors"]
-
-
-def test_two_pairs_are_kept_and_no_more(loaded):
-    shown = Preview()
-    for pair in (("knight", "ink"), ("stone", "wood"), ("knight", "wood")):
-        shown.plan(dict(zip(NAMED, pair)))
-    assert len(loaded) == 4
-    for subject in ("twin", "knight", "stone"):
-        shown.plan({"subject": subject, "style": "wood"})
-    assert loaded[4:] == ["twin.safetensors"]
-    shown.plan({"subject": "ink", "style": "wood"})
-    assert loaded[5:] == ["ink.safetensors"]
-
-
-def test_a_file_that_has_changed_is_opened_anew(folder, loaded):
-    shown = Preview()
-    before = report.to_json(shown.plan(NAMED))["layers"]
-    write(folder / "knight.safetensors", random_lora(9, ATTENTION_LAYERS))
-    assert report.to_json(shown.plan(NAMED))["layers"] != before
-    assert loaded == ["knight.safetensors", "ink.safetensors", "knight.safetensors"]
 
 
 def test_a_file_that_has_gone_is_a_sentence(folder):

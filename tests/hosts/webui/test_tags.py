@@ -36,7 +36,7 @@ def registered(monkeypatch):
     monkeypatch.setitem(sys.modules, "modules", modules)
     monkeypatch.setitem(sys.modules, "modules.extra_networks", networks)
     begun = []
-    tags.register(lambda p, arguments: begun.append((p, arguments)))
+    tags.register(lambda p, *told: begun.append((p, *told)))
     (network,) = found
     assert network.name == tag.NAME
     return network, begun
@@ -56,7 +56,7 @@ def test_our_script_joins_a_job_that_left_it_out(registered):
     network.activate(p, [])
     assert ours in p.scripts.alwayson_scripts
     assert p.scripts.callback_map == {}
-    assert begun == [(p, (True, "a"))]
+    assert begun == [(p, (True, "a"), ours)]
     assert ours not in runner.alwayson_scripts
     assert runner.callback_map
     network.activate(p, [])
