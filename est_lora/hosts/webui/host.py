@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -88,7 +88,7 @@ class Host(ABC):
         """The modules of the UNet by diffusers' names."""
         named = {}
         for original, module in modules_of(self.unet).items():
-            if original and (name := read_name(original, self.layout)):
+            if original and (name := _read_name(original, self.layout)):
                 named[name.layer.name] = module
         return named
 
@@ -169,6 +169,10 @@ def unwrapped_model(model: nn.Module) -> nn.Module:
     """The model itself, where torch.compile is wrapped around it."""
     inner = getattr(model, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else model
+
+
+# A picture's set-up is mostly this, and the names of a model's modules stay the same.
+_read_name = lru_cache(maxsize=1 << 13)(read_name)
 
 
 def _checkpoint(sd_model: Any) -> Any:

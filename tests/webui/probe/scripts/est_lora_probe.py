@@ -63,6 +63,7 @@ class Probe(scripts.Script):
         def count(module, positional):
             areas.append(positional[0].shape[2] * positional[0].shape[3])
             if len(areas) == asked.get("raise_in"):
+                getattr(p, _COUNT).remove()
                 raise RuntimeError("the probe was told to fail here")
             if len(areas) == asked.get("interrupt_in"):
                 shared.state.interrupt()
@@ -94,6 +95,7 @@ class Probe(scripts.Script):
                     network.unet_multiplier /= 2
             if count == asked.get("raise_at"):
                 self._remove(p)
+                getattr(p, _COUNT).remove()
                 raise RuntimeError("the probe was told to fail here")
             if count == asked.get("interrupt_at"):
                 shared.state.interrupt()
