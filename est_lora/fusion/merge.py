@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -123,6 +123,15 @@ def is_plain(module: nn.Module, device: torch.device | None = None) -> bool:
     return weight.layout is torch.strided and not any(hasattr(module, name) for name in _MANAGED)
 
 
+def without_autocast(modules: Sequence[nn.Module]) -> AbstractContextManager[object]:
+    """While it lasts, sums for these modules' weights aren't made in the half precision that a host may compute in."""
+    kinds = {weight.device.type for module in modules for weight in module.parameters(recurse=False)}
+    disabled = ExitStack()
+    for kind in kinds & {"cpu", "cuda", "xpu"}:
+        disabled.enter_context(torch.autocast(kind, enabled=False))
+    return disabled
+
+
 def merged_into(module: nn.Module) -> MergedLayer | None:
     """What has the module's weight for a session."""
     found = getattr(module, TAKEN, None)
@@ -132,7 +141,7 @@ def merged_into(module: nn.Module) -> MergedLayer | None:
 def _sum(original: Tensor, updates: Sequence[tuple[Update, float]]) -> Tensor:
     """`W0` and the updates at their strengths, added in float32 and rounded once; of the shape of `original`."""
     exact = torch.promote_types(original.dtype, torch.float32)
-    with _as_made(original):
+    with torch.inference_mode(original.is_inference()), torch.no_grad():  # the new weight is to be of the same mode
         total = original.to(exact).flatten(1)
         for update, strength in updates:
             factors = update.factors()
@@ -146,15 +155,6 @@ def _sum(original: Tensor, updates: Sequence[tuple[Update, float]]) -> Tensor:
         if total.dtype == original.dtype and total.stride() == original.stride():
             return total
         return torch.empty_like(original).copy_(total)
-
-
-@contextmanager
-def _as_made(original: Tensor) -> Iterator[None]:
-    """What is made here is of the same mode as `original`, and autocast doesn't halve its precision."""
-    known = original.device.type in ("cpu", "cuda", "xpu")
-    autocast = torch.autocast(original.device.type, enabled=False) if known else nullcontext()
-    with torch.inference_mode(original.is_inference()), torch.no_grad(), autocast:
-        yield
 
 
 def _writes(weight: Tensor) -> int | None:

@@ -6,8 +6,9 @@ import logging
 import weakref
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import filterfalse
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 from est_lora.errors import EstLoraError, reason
 from est_lora.fusion.acting import Acting
 from est_lora.fusion.branch import BranchLayer, SharedInput
-from est_lora.fusion.merge import MergedLayer, is_plain, merged_into
+from est_lora.fusion.merge import MergedLayer, is_plain, merged_into, without_autocast
 from est_lora.fusion.modules import find, module_shape, modules_of, unwrapped
 from est_lora.gate import NONE, FusionPlan, LayerPlan, Segment
 from est_lora.lora.names import UNET
@@ -30,7 +31,7 @@ DEVICE, CPU, NEVER = "device", "cpu", "never"
 _SHARING = {"attn1": ("to_q", "to_k", "to_v"), "attn2": ("to_k", "to_v")}
 
 
-@dataclass
+@dataclass(eq=False)
 class _Layer:
     """One layer of the plan that this model has, and what carries it out."""
 
@@ -80,6 +81,7 @@ class FusionSession:
         self._may_merge = may_merge
         self._layers: list[_Layer] = []
         self._is_decided = False
+        self._is_compiled = False
         self._ran = False
         self._starts: list[float] = []
         self._interval: int | None = None
@@ -122,26 +124,28 @@ class FusionSession:
         """
         self.detach()
         layers = self._matched()
-        if stale := remove_fusion(self.model):
+        modules = [*self.model.modules()]
+        self._is_compiled = any(map(_is_compiled, modules))
+        if stale := _remove_from(modules):
             log.warning("An earlier fusion was still on this model (%d layers); it has been taken off.", stale)
         # Registered before the first layer is touched: an interrupt in the loop leaves none behind.
         self._release = weakref.finalize(self, _remove, layers)
         try:
-            mergeable = self._mergeable(layers)
+            mergeable = self._mergeable(layers, modules)
             for layer in layers:
                 if layer.module in mergeable:
                     layer.engine = MergedLayer(layer.module, layer.acting, self._originals == CPU)
                 layer.engine.attach()
         except BaseException:
             self.detach()
-            remove_fusion(self.model)  # an interrupt may fall between hanging a hook and noting its handle
+            _remove_from(modules)  # an interrupt may fall between hanging a hook and noting its handle
             raise
         self._layers = layers
         self._ran = False
         self._is_decided = False
         self._starts = sorted({segment.start for layer in layers for segment in layer.plan.segments})
         self._interval = None
-        if _is_compiled(self.model):
+        if self._is_compiled:
             self._decide(None)  # in a call of compiled code it would be too late for hooks
 
     def at(self, tau: float, device: torch.device | None = None) -> None:
@@ -198,20 +202,20 @@ class FusionSession:
         return [layer for layer in self._layers if isinstance(layer.engine, MergedLayer)]
 
     def _activate(self, tau: float) -> None:
-        for layer in self._layers:
-            acts = layer.plan.acts(tau)
-            if acts != layer.acts:
+        changed = [(layer, acts) for layer in self._layers if (acts := layer.plan.acts(tau)) != layer.acts]
+        with without_autocast([layer.module for layer, _ in changed]):
+            for layer, acts in changed:
                 layer.engine.activate(acts)
                 layer.acts = acts
 
-    def _mergeable(self, layers: Sequence[_Layer]) -> set[nn.Module]:
+    def _mergeable(self, layers: Sequence[_Layer], everything: Sequence[nn.Module]) -> set[nn.Module]:
         """The modules whose weights may be exchanged, as far as can be told before the model is called."""
         engine = self.plan.config.engine
         if self.part != UNET or engine == "branch" or (engine == "auto" and self._originals == NEVER):
             return set()
-        if any(hasattr(module, "_diffusers_hook") for module in self.model.modules()):
+        if any("_diffusers_hook" in vars(module) for module in everything):
             return set()  # weights come and go
-        users = Counter(map(_address, self.model.modules()))
+        users = Counter(map(_address, everything))
         modules = (layer.module for layer in layers if not layer.acting.change_bias)
         return {module for module in modules if is_plain(module) and users[_address(module)] == 1}
 
@@ -222,14 +226,14 @@ class FusionSession:
         kept = [layer for layer in settled if is_plain(layer.module, device)]
         if self._originals != CPU and not _is_room_for([layer.module for layer in kept]):
             kept = []
-        self._branch([layer for layer in self._merging if layer not in kept])
+        self._branch([*filterfalse(set(kept).__contains__, self._merging)])
         if self.part == UNET and self.plan.config.engine == "merge" and len(kept) < len(self._layers):
             log.warning(
                 "engine = merge: %d of %d layers keep the branch engine, as their weights are quantised, shared, streamed"
                 " or the host's to change, or there is no room for a second copy.",
                 *(len(self._layers) - len(kept), len(self._layers)),
             )
-        if not _is_compiled(self.model):
+        if not self._is_compiled:
             self._share()
             for layer in kept[:1]:
                 layer.engine.watch()
@@ -258,7 +262,7 @@ class FusionSession:
 
     def _recompile(self) -> None:
         """What was compiled without hooks never looks for any again."""
-        if self.merged < len(self._layers) and _is_compiled(self.model):
+        if self._is_compiled and self.merged < len(self._layers):
             torch.compiler.reset()
 
     def _matched(self) -> list[_Layer]:
@@ -305,17 +309,18 @@ def _ever_acts(segments: Sequence[Segment]) -> bool:
     return any(segment.acts != NONE for segment in segments)
 
 
-def _is_compiled(model: nn.Module) -> bool:
-    return any(
-        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    )
+def _is_compiled(module: nn.Module) -> bool:
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def remove_fusion(model: nn.Module) -> int:
     """Takes every hook off `model` and every merged update out of it, whoever left it there; returns how many."""
+    return _remove_from(model.modules())
+
+
+def _remove_from(modules: Iterable[nn.Module]) -> int:
     found: list[BranchLayer | MergedLayer] = []
-    for module in model.modules():
+    for module in modules:
         found += [hook for hook in module._forward_hooks.values() if isinstance(hook, BranchLayer)]
         found += [merged for merged in [merged_into(module)] if merged is not None]
     for engine in found:

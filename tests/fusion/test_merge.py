@@ -383,3 +383,37 @@ def test_an_interrupt_while_weights_are_exchanged_leaves_nothing(tmp_path, monke
     with pytest.raises(KeyboardInterrupt), merging(tmp_path, model) as fusing:
         fusing.at(0.3)
     assert (state_hash(model), hooks(model)) == (before, 0)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_model_is_not_compiled_again(tmp_path, in_place):
+    model = tree([NAME])
+    inner, made = layer(model, NAME), []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    compiled = nn.Sequential(inner)
+    if in_place:
+        compiled.compile(backend=backend)
+    else:
+        compiled[0] = torch.compile(inner, backend=backend)
+    x = some_input(inner)
+    fusing = FusionSession(
+        compiled, plan_of(tmp_path, *pair(names=(NAME,)), engine="merge", beta=0.5), modules={NAME: inner}
+    )
+    try:
+        with torch.no_grad():
+            seen = [compiled(x)]
+            count = len(made)
+            with fusing:
+                for tau in (0.0, 1.0):
+                    fusing.at(tau)
+                    seen.append(compiled(x))
+            seen.append(compiled(x))
+        assert len(made) == count
+        assert torch.equal(seen[0], seen[3])
+        assert not any(torch.allclose(one, other, atol=1e-2) for one, other in zip(seen, seen[1:]))
+    finally:
+        torch.compiler.reset()
