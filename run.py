@@ -34,7 +34,7 @@ COMMANDS = {
         ],
         [["pytest", *(f"tests/{room}" for room in ROOMS_OF_THE_OLDEST), "tests/test_clock.py", "tests/test_config.py"]],
     ),
-    "benchmark": (["-c", "constraints.txt", "-e", ".[demo]"], [["benchmarks"]]),
+    "benchmark": (["-c", "constraints.txt", "-e", ".[dev]"], [["benchmarks"]]),
 }
 
 
