@@ -84,6 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", metavar="TYPE", help=f"{', '.join(_DTYPES)} (default: float16 on cuda, else float32)"
     )
+    add(
+        "clock",
+        "wall, or cpu: only what this process uses of one thread, however busy the machine is",
+        "wall",
+        metavar="NAME",
+    )
     parser.add_argument("-o", "--output", default="est-lora-benchmark", metavar="DIR", help="where the results go")
     return parser
 
@@ -107,6 +113,9 @@ def _run(args: argparse.Namespace) -> tuple[str, Path]:
     device = _device(args.device)
     pictures = _whole("pictures", args.pictures or str(_PICTURES[device.type]), 1, 1000)
     latents = _whole("latents", args.latents or str(_LATENTS[device.type]), 8, 512, of=8)
+    _choice("clock", args.clock, measure.CLOCKS)
+    if args.clock == "cpu" and (device.type != "cpu" or torch.get_num_threads() != 1):
+        raise EstLoraError("--clock cpu says how long something takes on one thread only: set OMP_NUM_THREADS=1.")
     dtype = _choice("dtype", args.dtype or ("float16" if device.type == "cuda" else "float32"), _DTYPES)
     folder = Path(args.output)
     if folder.exists() and not folder.is_dir():
@@ -114,7 +123,7 @@ def _run(args: argparse.Namespace) -> tuple[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
 
     settings = {"steps": steps, "pictures": pictures, "together": together, "repeats": repeats, "batch": batch}
-    settings["dtype"] = str(dtype).removeprefix("torch.")
+    settings |= {"clock": args.clock, "dtype": str(dtype).removeprefix("torch.")}
     result: dict[str, Any] = {"settings": settings, "pictures": [], "left_out": left_out, "bounds": [], "planning": []}
     text = ""
     for size in sizes:
@@ -131,7 +140,7 @@ def _run(args: argparse.Namespace) -> tuple[str, Path]:
                     calls = measure.calls_of_pictures(len(ways), steps, pictures, together)
                     with _bar(size, rank, "calls", calls) as bar:
                         rows = measure.measure_pictures(
-                            model, paths, ways, latents, batch, steps, pictures, together, bar.update
+                            model, paths, ways, latents, batch, steps, pictures, together, args.clock, bar.update
                         )
                     rows = [{**about, "latents": latents, **row} for row in rows]
                     result["pictures"] += rows

@@ -38,6 +38,7 @@ PLANS = {
     "FusionPlan.of, method=k-lora": FusionConfig(method="k-lora"),
 }
 FIRST, SECOND = "all before a picture, first time", "all before a picture, files still loaded"
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _DENSE_EVERY = 4
 _RESAMPLED = 2000
 
@@ -56,12 +57,15 @@ class Run:
         restoring: seconds of detaching, one a picture.
     """
 
-    def __init__(self, model: nn.Module, given: Mapping[str, Any], session: Session | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, given: Mapping[str, Any], session: Session | None = None, clock: str = "wall"
+    ) -> None:
         """`session`, if any, belongs to `model`; `given` is what a call takes but for the timestep."""
         self._model = model
         self._given = given
         self._session = session
         self._device = next(model.parameters()).device
+        self._clock = CLOCKS[clock]
         self.set_up: list[float] = []
         self.switching: list[list[float]] = []
         self.calls: list[list[float]] = []
@@ -103,10 +107,10 @@ class Run:
 
     def _timed(self, work: Callable[[], Any]) -> float:
         _wait_for(self._device)
-        start = time.perf_counter()
+        start = self._clock()
         work()
         _wait_for(self._device)
-        return time.perf_counter() - start
+        return self._clock() - start
 
 
 def calls_of_pictures(ways: int, steps: int, pictures: int, together: int) -> int:
@@ -125,6 +129,7 @@ def measure_pictures(
     steps: int,
     pictures: int,
     together: int,
+    clock: str,
     tick: Tick,
 ) -> list[Row]:
     """Times pictures of `model` without LoRA and with those of two files, applied in several ways.
@@ -141,6 +146,8 @@ def measure_pictures(
         steps: of a picture; step `i` is at `tau = i / steps`.
         pictures: how often each picture is made; the median of a step's times is what counts.
         together: how many ways are timed side by side, against the same bare calls. What they hold in memory adds up.
+        clock: which of `CLOCKS`; `cpu` counts what this process alone has used, which other jobs on the machine don't
+            lengthen. With one thread on a quiet machine it is the same as `wall`.
         tick: told after every call, `calls_of_pictures` times.
 
     Returns:
@@ -159,8 +166,8 @@ def measure_pictures(
             tree = with_same_weights(model)
             session = WAYS[way].session(tree, FusionPlan.of(*files, WAYS[way].config))
             peaks[way] = peak_rise(model.device, partial(Run(tree, given, session).try_out, [0.0, 1.0], tick))
-            runs[way] = Run(tree, given, session)
-        bare = Run(model, given)
+            runs[way] = Run(tree, given, session, clock)
+        bare = Run(model, given, clock=clock)
         side_by_side([bare, *runs.values()], steps, pictures, tick)
         bare_calls += bare.calls
         for way, run in runs.items():

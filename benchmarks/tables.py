@@ -61,9 +61,10 @@ def _circumstances(machine: Mapping[str, Any]) -> str:
 
 def _setting(row: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     pictures = "one picture" if settings["pictures"] == 1 else f"medians of {settings['pictures']} pictures"
+    clock = "" if settings["clock"] == "wall" else ", CPU time: other jobs ran beside it"
     return (
         f"{row['layers']} layers, {row['latents']} x {row['latents']} latents, batch {settings['batch']},"
-        f" {settings['dtype']}, {pictures}."
+        f" {settings['dtype']}, {pictures}{clock}."
     )
 
 

@@ -142,7 +142,9 @@ def test_nothing_stays_on_any_tree_and_nothing_is_ever_on_the_bare_one(model, tm
     same_weights = measure.with_same_weights
     monkeypatch.setattr(measure, "with_same_weights", watched)
     paths = write_pair(tmp_path, model, 2)
-    rows = measure.measure_pictures(model, paths, list(WAYS), 8, 1, 2, 2, 3, lambda: seen.append(len(hooks(model))))
+    rows = measure.measure_pictures(
+        model, paths, list(WAYS), 8, 1, 2, 2, 3, "cpu", lambda: seen.append(len(hooks(model)))
+    )
     assert [row["way"] for row in rows] == [None, *WAYS]
     assert seen == [0] * measure.calls_of_pictures(len(WAYS), steps=2, pictures=2, together=3)
     assert len(trees) == len(WAYS)
@@ -157,7 +159,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr(measure.time, "perf_counter", lambda: self.now)
+        monkeypatch.setitem(measure.CLOCKS, "wall", lambda: self.now)
 
     def wait(self, seconds):
         self.now += seconds
@@ -248,6 +250,13 @@ def test_the_peak_is_told_even_if_it_is_gone_again():
     assert rise is None or 60 < rise / 2**20 < 80
 
 
+def test_the_time_of_the_processor_is_for_one_thread(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert main(["--clock", "cpu", "-o", str(tmp_path / "new")]) == 2
+    assert "OMP_NUM_THREADS=1" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -259,6 +268,7 @@ def test_the_peak_is_told_even_if_it_is_gone_again():
         ("--steps 0 --repeats 0", "nothing to measure"),
         ("--pictures 0", "from 1"),
         ("--together 0", "from 1"),
+        ("--clock sun", "wall, cpu"),
         ("--latents 12", "multiple of 8"),
         ("--batch 0", "from 1"),
         ("--device toaster", "cpu or cuda"),
