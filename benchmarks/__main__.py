@@ -76,7 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     add("ways", "ways of applying LoRAs that are timed", list(WAYS), nargs="+", metavar="NAME")
     add("steps", f"steps of a picture; {_LEFT_OUT}", "28")
     add("pictures", f"how often each picture is made {_by_device(_PICTURES)}")
-    add("together", "how many ways are in memory at a time, against the same bare calls", "2")
+    add(
+        "together",
+        "how many ways are timed, and are in memory, at a time; the fewer, the nearer to the bare calls",
+        "2",
+    )
     add("repeats", f"timed plans; {_LEFT_OUT}", "8")
     add("latents", f"side of the latents {_by_device(_LATENTS)}")
     add("batch", "latents a call, 2 as guidance needs", "2")
@@ -103,14 +107,15 @@ def _run(args: argparse.Namespace) -> tuple[str, Path]:
     ranks = [_whole("ranks", text, 1, 1024) for text in dict.fromkeys(args.ranks)]
     for name in args.ways:
         _choice("ways", name, WAYS)
-    left_out = [WAYS[name].title for name in WAYS if name in args.ways and WAYS[name].missing]
-    ways = [name for name in WAYS if name in args.ways and not WAYS[name].missing]
+    asked = [name for name in WAYS if name in args.ways]
+    left_out = [WAYS[name].title for name in asked if WAYS[name].missing]
     steps, repeats = _whole("steps", args.steps, 0, 1000), _whole("repeats", args.repeats, 0, 10_000)
     if not steps and not repeats:
         raise EstLoraError("With --steps 0 and --repeats 0 there is nothing to measure: leave one of them out.")
     together = _whole("together", args.together, 1, 100)
     batch = _whole("batch", args.batch, 1, 64)
     device = _device(args.device)
+    ways = [name for name in asked if not WAYS[name].missing and (device.type == "cuda" or not WAYS[name].on_gpu)]
     pictures = _whole("pictures", args.pictures or str(_PICTURES[device.type]), 1, 1000)
     latents = _whole("latents", args.latents or str(_LATENTS[device.type]), 8, 512, of=8)
     _choice("clock", args.clock, measure.CLOCKS)

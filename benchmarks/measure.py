@@ -55,6 +55,7 @@ class Run:
         switching: seconds of the other steps' `at`, one list a picture.
         calls: seconds of each step's call, one list a picture.
         restoring: seconds of detaching, one a picture.
+        merged: how many layers had nothing to do in a call of the last picture, where the session tells.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Run:
         self.switching: list[list[float]] = []
         self.calls: list[list[float]] = []
         self.restoring: list[float] = []
+        self.merged: int | None = None
 
     def begin(self) -> None:
         """Begins a picture."""
@@ -88,6 +90,7 @@ class Run:
 
     def end(self) -> None:
         """Ends it."""
+        self.merged = getattr(self._session, "merged", None)
         self.restoring.append(self._timed(self._session.detach) if self._session else 0.0)
 
     def try_out(self, taus: Sequence[float], tick: Tick) -> None:
@@ -215,6 +218,7 @@ def picture_row(what: str, run: Run, bare_calls: Sequence[Sequence[float]]) -> R
     low, high = (float(value) for value in np.quantile(resampled, [0.025, 0.975]))
     return {
         "what": what,
+        "merged": run.merged,
         **parts,
         "total": total,
         "bare": float(bare.sum()),
@@ -266,9 +270,13 @@ def row(what: str, seconds: Sequence[float], base: Sequence[float]) -> Row:
 
 
 def with_same_weights(model: nn.Module) -> nn.Module:
-    """Another tree of modules with the very tensors of `model`: what is done to the modules of one isn't to the other's."""
-    tensors = (*model.parameters(), *model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    """Another tree of modules and parameters that shares the memory of `model`'s.
+
+    Hooks on one are not on the other, and to put other values into a parameter (`weight.data = ...`, not `weight.add_`)
+    leaves the other's alone.
+    """
+    same = {id(weight): nn.Parameter(weight.data, requires_grad=False) for weight in model.parameters()}
+    return copy.deepcopy(model, {**same, **{id(buffer): buffer for buffer in model.buffers()}})
 
 
 def peak_rise(device: torch.device, work: Callable[[], Any]) -> int | None:

@@ -15,7 +15,7 @@ A picture of {steps} steps, in seconds. Set-up: attaching, and what the first st
 other steps need beforehand. Steps: the calls of the UNet. "x no LoRA": the total by the bare calls that alternated with
 these, and between which values the noise leaves it (95 %). "x in a step": of single calls, the median. Memory: how far
 the peak of a picture exceeds a bare one's on the device, without the files, which stay mapped from the disk. What merges
-by itself beforehand or at each step keeps the original weights on the device.
+keeps the original weights on the device, unless it says otherwise.
 """
 _PLANNING = """\
 Before the first step, on the CPU, medians. "x reading": time by that of copying every tensor of both files into memory.
@@ -79,6 +79,7 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> Columns:
         "x no LoRA": lambda row: ratio(row["ratio"]),
         "x in a step": lambda row: f"{row['step_ratio']['median']:.3f}",
         "memory, MiB": _memory,
+        "layers merged": lambda row: "" if row["merged"] is None else row["merged"],
     }
     automatic = next((row for row in rows if row["way"] == "auto"), None)
     if automatic:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,12 +43,14 @@ class Way:
         session: makes what carries a plan out on a model.
         config: what is asked of the plan.
         needs: a package that it can't do without, if any.
+        on_gpu: whether it differs from another way only there.
     """
 
     title: str
     session: Callable[[Any, FusionPlan], Session]
     config: FusionConfig = field(default_factory=FusionConfig)
     needs: str = ""
+    on_gpu: bool = False
 
     @property
     def missing(self) -> bool:
@@ -74,14 +77,13 @@ class MergedBeforehand:
         self._layers: list[_Layer] = []
 
     def attach(self) -> None:
-        """Merges."""
+        """Gives the model other weights."""
         for plan in self._plan.layers:
             module = self._model.get_submodule(plan.layer.name)
-            layer = _Layer(module, module.weight, plan, _thin(plan, module.weight))
-            merged = torch.empty_like(layer.original)
-            self._merge(layer, merged)
-            module.weight = nn.Parameter(merged, requires_grad=False)
-            self._keep(layer)
+            original = module.weight
+            thin = factors(plan.subject, original), factors(plan.style, original)
+            module.weight = nn.Parameter(torch.empty_like(original), requires_grad=False)
+            self._layers.append(self._begun(_Layer(module, original, plan, thin)))
 
     def at(self, tau: float) -> None:
         """Nothing depends on `tau`."""
@@ -92,16 +94,9 @@ class MergedBeforehand:
             layer = self._layers.pop()
             layer.module.weight = layer.original
 
-    def _keep(self, layer: _Layer) -> None:
-        self._layers.append(layer._replace(factors=()))
-
-    @staticmethod
-    def _merge(layer: _Layer, into: Tensor, acting: str = BOTH) -> None:
-        """`into` becomes the sum; the update that doesn't act is multiplied by 0 and computed all the same."""
-        base: Tensor = layer.original
-        for file, (up, down) in zip(_FILES, layer.factors, strict=True):
-            torch.addmm(base, up * float(acting in (file, BOTH)), down, out=into)
-            base = into
+    def _begun(self, layer: _Layer) -> _Layer:
+        _merge(layer, BOTH)
+        return layer._replace(factors=())
 
 
 class RemergedEachStep(MergedBeforehand):
@@ -110,10 +105,10 @@ class RemergedEachStep(MergedBeforehand):
     def at(self, tau: float) -> None:
         """Merges everything, whatever has changed."""
         for layer in self._layers:
-            self._merge(layer, layer.module.weight, layer.plan.acts(tau))
+            _merge(layer, layer.plan.acts(tau))
 
-    def _keep(self, layer: _Layer) -> None:
-        self._layers.append(layer)
+    def _begun(self, layer: _Layer) -> _Layer:
+        return layer
 
 
 class PeftAdapters:
@@ -127,10 +122,12 @@ class PeftAdapters:
 
     def attach(self) -> None:
         """What `pipe.load_lora_weights` (of files already read) and `pipe.set_adapters` do."""
-        for name, (tensors, alphas) in zip(_FILES, self._files, strict=True):
-            self._model.load_lora_adapter(
-                dict(tensors), prefix="unet", adapter_name=name, network_alphas=dict(alphas), low_cpu_mem_usage=True
-            )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # of the first adapter
+            for name, (tensors, alphas) in zip(_FILES, self._files, strict=True):
+                self._model.load_lora_adapter(
+                    dict(tensors), prefix="unet", adapter_name=name, network_alphas=dict(alphas), low_cpu_mem_usage=True
+                )
         self._model.set_adapters(list(_FILES), [1.0, 1.0])
 
     def at(self, tau: float) -> None:
@@ -142,7 +139,8 @@ class PeftAdapters:
             self._model.unload_lora()
 
 
-# The keys are what the command line calls them. Neighbours are timed side by side, see `measure`.
+# The keys are what the command line calls them. Neighbours are timed side by side, see `measure`: those that hold other
+# weights in memory are kept apart, as what is free decides what the automatic choice is.
 WAYS = {
     "merged": Way("both merged beforehand", MergedBeforehand),
     "peft": Way("diffusers + peft, two adapters", PeftAdapters, needs="peft"),
@@ -151,13 +149,25 @@ WAYS = {
     "published-k": Way(
         "K-LoRA as published", partial(PublishedSession, score=largest_entries), FusionConfig(method="k-lora")
     ),
+    "merge": Way("ours: merge", FusionSession, FusionConfig(engine="merge")),
+    "merge-cpu": Way(
+        "ours: merge, originals in main memory",
+        partial(FusionSession, originals="cpu"),
+        FusionConfig(engine="merge"),
+        on_gpu=True,
+    ),
     "branch": Way("ours: branch", FusionSession, FusionConfig(engine="branch")),
     "auto": Way("ours: automatic choice", FusionSession),
 }
 
 
-def _thin(plan: LayerPlan, weight: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-    return factors(plan.subject, weight), factors(plan.style, weight)
+def _merge(layer: _Layer, acting: str) -> None:
+    """The weight becomes the sum; the update that doesn't act is multiplied by 0 and computed all the same."""
+    base: Tensor = layer.original
+    merged: Tensor = layer.module.weight
+    for file, (up, down) in zip(_FILES, layer.factors, strict=True):
+        torch.addmm(base, up * float(acting in (file, BOTH)), down, out=merged)
+        base = merged
 
 
 def _peft_file(layers: list[tuple[str, Any]]) -> tuple[dict[str, Tensor], dict[str, float]]:
