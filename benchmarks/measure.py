@@ -203,7 +203,7 @@ def picture_row(what: str, run: Run, bare_calls: Sequence[Sequence[float]]) -> R
     Returns:
         `set_up`, `switching`, `steps`, `restoring`, their sum `total`, and `bare`, the sum of the bare calls of the same
         steps. `ratio` is `total / bare` with the 95 % interval that resampling the steps gives, which is how much of it
-        may be noise; `step_ratio` is of single calls, median and quartiles.
+        may be noise; `step_ratio` is of single calls, median and quartiles, and `each_step` what it was read off.
     """
     calls, bare = np.median(run.calls, axis=0), np.median(bare_calls, axis=0)
     parts = {
@@ -224,6 +224,7 @@ def picture_row(what: str, run: Run, bare_calls: Sequence[Sequence[float]]) -> R
         "bare": float(bare.sum()),
         "ratio": {"value": total / float(bare.sum()), "low": low, "high": high},
         "step_ratio": _spread(calls / bare),
+        "each_step": {"calls": calls.tolist(), "bare": bare.tolist()},
     }
 
 
