@@ -28,6 +28,7 @@ from benchmarks.unets import inputs
 from benchmarks.ways import WAYS, Session
 from est_lora.config import FusionConfig
 from est_lora.gate import FusionPlan
+from est_lora.hosts.webui.plans import Plans
 from est_lora.lora import LoraFile
 
 BARE = "no LoRA"
@@ -37,7 +38,8 @@ PLANS = {
     "FusionPlan.of, balance=l1": FusionConfig(balance="l1"),
     "FusionPlan.of, method=k-lora": FusionConfig(method="k-lora"),
 }
-FIRST, SECOND = "all before a picture, first time", "all before a picture, files still loaded"
+FIRST, SECOND = "all of it, a WebUI's first picture", "its second picture"
+OTHER = "its third picture, with another beta"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _DENSE_EVERY = 4
 _RESAMPLED = 2000
@@ -232,15 +234,15 @@ def measure_planning(paths: Paths, repeats: int, tick: Tick) -> list[Row]:
     """Times what happens before the first step, and sets it against reading both files in the same repetition.
 
     The files are in the system's cache: what is measured is no disk. Every plan is made of files loaded anew, because
-    updates remember their energies; the second time is the one that profits from it. Plans that need the dense updates
-    take so long that they are made in every fourth repetition only.
+    updates remember their energies; but for what a WebUI keeps from one picture to the next. Plans that need the dense
+    updates take so long that they are made in every fourth repetition only.
 
     Args:
         paths: the subject's file and the style's.
         repeats: how often.
         tick: told after every repetition.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in (READING, LOADING, *PLANS, FIRST, SECOND)}
+    seconds: dict[str, list[float]] = {name: [] for name in (READING, LOADING, *PLANS, FIRST, SECOND, OTHER)}
     base: dict[str, list[float]] = {name: [] for name in seconds}
     _read(paths)
     for repeat in range(repeats):
@@ -254,10 +256,13 @@ def measure_planning(paths: Paths, repeats: int, tick: Tick) -> list[Row]:
             subject, style = map(LoraFile.load, paths)
             loaded = time.perf_counter()
             FusionPlan.of(subject, style, config)
-            took[name] = (planned := time.perf_counter()) - loaded
-            if config == FusionConfig():
-                FusionPlan.of(subject, style, config)
-                took |= {LOADING: loaded - start, FIRST: planned - start, SECOND: time.perf_counter() - planned}
+            took[name] = time.perf_counter() - loaded
+            took.setdefault(LOADING, loaded - start)
+        plans = Plans()
+        for name, config in ((FIRST, FusionConfig()), (SECOND, FusionConfig()), (OTHER, FusionConfig(beta=0.3))):
+            start = time.perf_counter()
+            plans.of(*map(str, paths), config)
+            took[name] = time.perf_counter() - start
         for name, value in took.items():
             seconds[name].append(value)
             base[name].append(took[READING])

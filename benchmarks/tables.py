@@ -14,8 +14,9 @@ _PICTURES = """\
 A picture of {steps} steps, in seconds. Set-up: attaching, and what the first step needs beforehand. Switching: what the
 other steps need beforehand. Steps: the calls of the UNet. "x no LoRA": the total by the bare calls that alternated with
 these, and between which values the noise leaves it (95 %). "x in a step": of single calls, the median. Memory: how far
-the peak of a picture exceeds a bare one's on the device, without the files, which stay mapped from the disk. What merges
-keeps the original weights on the device, unless it says otherwise.
+the peak of a picture exceeds a bare one's on the device (on a CPU give or take 50 MiB), without the files, which stay
+mapped from the disk; what merges keeps the original weights on the device, unless it says otherwise. "x automatic": what
+the picture takes by what it takes with our automatic choice, each by its own bare calls.
 """
 _PLANNING = """\
 Before the first step, on the CPU, medians. "x reading": time by that of copying every tensor of both files into memory.

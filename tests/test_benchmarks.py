@@ -50,7 +50,7 @@ def test_one_command_measures_everything(tmp_path, capsys):
     assert [(row["rank"], row["what"]) for row in result["planning"]] == [
         (rank, what)
         for rank in (4, 2)
-        for what in (measure.READING, measure.LOADING, *measure.PLANS, measure.FIRST, measure.SECOND)
+        for what in (measure.READING, measure.LOADING, *measure.PLANS, measure.FIRST, measure.SECOND, measure.OTHER)
     ]
     assert {row["layers"] for row in result["pictures"] + result["planning"]} == {32}
     for row in result["pictures"]:
