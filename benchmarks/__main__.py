@@ -139,7 +139,7 @@ def _run(args: argparse.Namespace) -> tuple[str, Path]:
                 paths = write_pair(Path(files), model, rank)
                 if repeats:
                     with _bar(size, rank, "plans", repeats) as bar:
-                        rows = measure.measure_planning(paths, repeats, bar.update)
+                        rows = measure.measure_planning(paths, repeats, args.clock, bar.update)
                     result["planning"] += [{**about, **row} for row in rows]
                 if steps:
                     calls = measure.calls_of_pictures(len(ways), steps, pictures, together)

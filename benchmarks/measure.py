@@ -230,7 +230,7 @@ def picture_row(what: str, run: Run, bare_calls: Sequence[Sequence[float]]) -> R
     }
 
 
-def measure_planning(paths: Paths, repeats: int, tick: Tick) -> list[Row]:
+def measure_planning(paths: Paths, repeats: int, clock: str, tick: Tick) -> list[Row]:
     """Times what happens before the first step, and sets it against reading both files in the same repetition.
 
     The files are in the system's cache: what is measured is no disk. Every plan is made of files loaded anew, because
@@ -240,29 +240,31 @@ def measure_planning(paths: Paths, repeats: int, tick: Tick) -> list[Row]:
     Args:
         paths: the subject's file and the style's.
         repeats: how often.
+        clock: which of `CLOCKS`.
         tick: told after every repetition.
     """
     seconds: dict[str, list[float]] = {name: [] for name in (READING, LOADING, *PLANS, FIRST, SECOND, OTHER)}
     base: dict[str, list[float]] = {name: [] for name in seconds}
+    now = CLOCKS[clock]
     _read(paths)
     for repeat in range(repeats):
-        start = time.perf_counter()
+        start = now()
         _read(paths)
-        took = {READING: time.perf_counter() - start}
+        took = {READING: now() - start}
         for name, config in PLANS.items():
             if repeat % _DENSE_EVERY and config != FusionConfig():
                 continue
-            start = time.perf_counter()
+            start = now()
             subject, style = map(LoraFile.load, paths)
-            loaded = time.perf_counter()
+            loaded = now()
             FusionPlan.of(subject, style, config)
-            took[name] = time.perf_counter() - loaded
+            took[name] = now() - loaded
             took.setdefault(LOADING, loaded - start)
         plans = Plans()
         for name, config in ((FIRST, FusionConfig()), (SECOND, FusionConfig()), (OTHER, FusionConfig(beta=0.3))):
-            start = time.perf_counter()
+            start = now()
             plans.of(*map(str, paths), config)
-            took[name] = time.perf_counter() - start
+            took[name] = now() - start
         for name, value in took.items():
             seconds[name].append(value)
             base[name].append(took[READING])

@@ -26,7 +26,8 @@ Before the first step, on the CPU, medians. "x reading": time by that of copying
 def markdown(result: Mapping[str, Any]) -> str:
     """The whole result, with the machine named."""
     settings = result["settings"]
-    parts = [f"# {place(result['machine'])}\n", f"{_circumstances(result['machine'])}\n"]
+    clock = "" if settings["clock"] == "wall" else " Times are the processor's, as other jobs ran beside it."
+    parts = [f"# {place(result['machine'])}\n", f"{_circumstances(result['machine'])}{clock}\n"]
     if result["pictures"]:
         parts += [_PICTURES.format(steps=settings["steps"])]
     for (unet, rank), group in groupby(result["pictures"], lambda row: (row["unet"], row["rank"])):
@@ -62,10 +63,9 @@ def _circumstances(machine: Mapping[str, Any]) -> str:
 
 def _setting(row: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     pictures = "one picture" if settings["pictures"] == 1 else f"medians of {settings['pictures']} pictures"
-    clock = "" if settings["clock"] == "wall" else ", CPU time: other jobs ran beside it"
     return (
         f"{row['layers']} layers, {row['latents']} x {row['latents']} latents, batch {settings['batch']},"
-        f" {settings['dtype']}, {pictures}{clock}."
+        f" {settings['dtype']}, {pictures}."
     )
 
 
