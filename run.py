@@ -4,8 +4,9 @@ python3 run.py demo           draws the demonstration with the embedded model
 python3 run.py test           runs the checks and the whole test suite
 python3 run.py test-oldest    runs the tests of what lies below the hosts with the oldest torch that hosts still pin
                               (Python 3.10 or 3.11; downloads gigabytes)
-python3 run.py benchmark      times UNets of SD1.5's and SDXL's size with and without LoRAs, and the planning of a pair
-                              of files (half an hour, 14 GB of memory; see python3 run.py benchmark --help)
+python3 run.py benchmark      times pictures of UNets of SD1.5's and SDXL's size without LoRAs and with two, applied in
+                              every way there is, and the planning of a pair of files (on a CPU hours, and 20 GB of
+                              memory; less of it with what python3 run.py benchmark --help tells)
 
 What stands after the word is handed on: `python3 run.py demo -o pictures`, `python3 run.py test tests/gate`.
 """
@@ -34,7 +35,7 @@ COMMANDS = {
         ],
         [["pytest", *(f"tests/{room}" for room in ROOMS_OF_THE_OLDEST), "tests/test_clock.py", "tests/test_config.py"]],
     ),
-    "benchmark": (["-c", "constraints.txt", "-e", ".[demo]"], [["benchmarks"]]),
+    "benchmark": (["-c", "constraints.txt", "-e", ".[dev]"], [["benchmarks"]]),
 }
 
 

@@ -1,16 +1,17 @@
-"""`python -m benchmarks`: measures, prints Markdown tables, and writes them and the same as JSON into a folder."""
+"""`python -m benchmarks`: measures, prints Markdown tables, and writes them, the same as JSON, and a chart into a folder."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,14 +21,17 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import measure
+from benchmarks.bounds import judged
+from benchmarks.chart import draw
 from benchmarks.tables import markdown
 from benchmarks.unets import SIZES, Size, attention_projections, build, write_pair
+from benchmarks.ways import WAYS
 from est_lora import __version__
 from est_lora.errors import EstLoraError, quote, reason
 
-_PLANNED_ANYWAY = 32
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
-_CPU_LATENTS = 32
+_LATENTS = {"cpu": 32, "cuda": 128}  # 256 x 256 and 1024 x 1024 pixels
+_PICTURES = {"cpu": 1, "cuda": 5}
 _LEFT_OUT = "0: leave this part out"
 
 
@@ -39,10 +43,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns 0, 2 for what a user can mend (one sentence on stderr), 130 for Ctrl-C."""
     try:
-        result, folder = _run(_parser().parse_args(arguments))
-        text = markdown(result)
-        (folder / "RESULT.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        (folder / "RESULT.md").write_text(text, encoding="utf-8")
+        text, folder = _run(_parser().parse_args(arguments))
     except EstLoraError as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 2
@@ -62,84 +63,109 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="benchmark",
         allow_abbrev=False,
-        description="Times one UNet call without LoRA, with est-lora, and as EST-LoRA and K-LoRA were published, and"
-        " times the planning of a pair of files. Weights and LoRAs are random; nothing is downloaded.",
+        description="Times whole pictures of a UNet without LoRA, with est-lora, and with other ways of applying two LoRAs,"
+        " and the planning of a pair of files. Weights and LoRAs are random; nothing is downloaded.",
     )
-    sizes, every = ", ".join(SIZES), "sd15 sdxl"
-    parser.add_argument("--unets", nargs="+", default=every.split(), metavar="NAME", help=f"{sizes} (default {every})")
-    parser.add_argument(
-        "--ranks", nargs="+", default=["8", "64"], metavar="N", help="ranks of the LoRAs (default 8 64)"
+
+    def add(name: str, help: str, default: Sequence[str] | str | None = None, **more: Any) -> None:
+        shown = "" if default is None else f" (default {default if isinstance(default, str) else ' '.join(default)})"
+        parser.add_argument(f"--{name}", default=default, help=help + shown, **{"metavar": "N", **more})
+
+    add("unets", ", ".join(SIZES), ["sd15", "sdxl"], nargs="+", metavar="NAME")
+    add("ranks", "ranks of the LoRAs", ["8", "32", "128"], nargs="+")
+    add("ways", "ways of applying LoRAs that are timed", list(WAYS), nargs="+", metavar="NAME")
+    add("steps", f"steps of a picture; {_LEFT_OUT}", "28")
+    add("pictures", f"how often each picture is made {_by_device(_PICTURES)}")
+    add(
+        "together",
+        "how many ways are timed, and are in memory, at a time; the fewer, the nearer to the bare calls",
+        "2",
     )
-    parser.add_argument(
-        "--rounds", default="12", metavar="N", help=f"timed calls of each kind (default 12; {_LEFT_OUT})"
-    )
-    parser.add_argument("--repeats", default="8", metavar="N", help=f"timed plans (default 8; {_LEFT_OUT})")
-    parser.add_argument(
-        "--latents", metavar="N", help="side of the latents (default: 32; on cuda 64 for SD1.5, 128 for SDXL)"
-    )
-    parser.add_argument("--batch", default="2", metavar="N", help="latents a call (default 2, as guidance needs)")
+    add("repeats", f"timed plans; {_LEFT_OUT}", "8")
+    add("latents", f"side of the latents {_by_device(_LATENTS)}")
+    add("batch", "latents a call, 2 as guidance needs", "2")
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda (default cpu)")
     parser.add_argument(
         "--dtype", metavar="TYPE", help=f"{', '.join(_DTYPES)} (default: float16 on cuda, else float32)"
+    )
+    add(
+        "clock",
+        "wall, or cpu: only what this process uses of one thread, however busy the machine is",
+        "wall",
+        metavar="NAME",
     )
     parser.add_argument("-o", "--output", default="est-lora-benchmark", metavar="DIR", help="where the results go")
     return parser
 
 
-def _run(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
+def _by_device(values: Mapping[str, int]) -> str:
+    return f"(default {values['cpu']}; on cuda {values['cuda']})"
+
+
+def _run(args: argparse.Namespace) -> tuple[str, Path]:
     sizes = [_choice("unets", name, SIZES) for name in dict.fromkeys(args.unets)]
     ranks = [_whole("ranks", text, 1, 1024) for text in dict.fromkeys(args.ranks)]
-    rounds, repeats = _whole("rounds", args.rounds, 0, 10_000), _whole("repeats", args.repeats, 0, 10_000)
-    if not rounds and not repeats:
-        raise EstLoraError("With --rounds 0 and --repeats 0 there is nothing to measure: leave one of them out.")
+    for name in args.ways:
+        _choice("ways", name, WAYS)
+    asked = [name for name in WAYS if name in args.ways]
+    left_out = [WAYS[name].title for name in asked if WAYS[name].missing]
+    steps, repeats = _whole("steps", args.steps, 0, 1000), _whole("repeats", args.repeats, 0, 10_000)
+    if not steps and not repeats:
+        raise EstLoraError("With --steps 0 and --repeats 0 there is nothing to measure: leave one of them out.")
+    together = _whole("together", args.together, 1, 100)
     batch = _whole("batch", args.batch, 1, 64)
-    latents = args.latents and _whole("latents", args.latents, 8, 512, of=8)
     device = _device(args.device)
+    ways = [name for name in asked if not WAYS[name].missing and (device.type == "cuda" or not WAYS[name].on_gpu)]
+    pictures = _whole("pictures", args.pictures or str(_PICTURES[device.type]), 1, 1000)
+    latents = _whole("latents", args.latents or str(_LATENTS[device.type]), 8, 512, of=8)
+    _choice("clock", args.clock, measure.CLOCKS)
+    if args.clock == "cpu" and (device.type != "cpu" or torch.get_num_threads() != 1):
+        raise EstLoraError("--clock cpu says how long something takes on one thread only: set OMP_NUM_THREADS=1.")
     dtype = _choice("dtype", args.dtype or ("float16" if device.type == "cuda" else "float32"), _DTYPES)
     folder = Path(args.output)
     if folder.exists() and not folder.is_dir():
         raise EstLoraError(f"The results can't go to {quote(folder)}: that is a file; give a folder with -o.")
     folder.mkdir(parents=True, exist_ok=True)
 
-    calls: list[measure.Row] = []
-    planning: list[measure.Row] = []
+    settings = {"steps": steps, "pictures": pictures, "together": together, "repeats": repeats, "batch": batch}
+    settings |= {"clock": args.clock, "dtype": str(dtype).removeprefix("torch.")}
+    result: dict[str, Any] = {"settings": settings, "pictures": [], "left_out": left_out, "bounds": [], "planning": []}
+    text = ""
     for size in sizes:
-        side = latents or (size.latents if device.type == "cuda" else _CPU_LATENTS)
-        if repeats:
-            planning += _planning(size, sorted({*ranks, _PLANNED_ANYWAY}), repeats)
-        if rounds:
-            calls += _calls(size, ranks, rounds, side, batch, device, dtype)
-    settings = {"rounds": rounds, "repeats": repeats, "batch": batch, "dtype": str(dtype).removeprefix("torch.")}
-    return {"machine": _machine(device), "settings": settings, "calls": calls, "planning": planning}, folder
+        model = build(size, device if steps else "meta", dtype)
+        for rank in ranks:
+            about = {"unet": size.title, "layers": len(attention_projections(model)), "rank": rank}
+            with tempfile.TemporaryDirectory() as files:
+                paths = write_pair(Path(files), model, rank)
+                if repeats:
+                    with _bar(size, rank, "plans", repeats) as bar:
+                        rows = measure.measure_planning(paths, repeats, args.clock, bar.update)
+                    result["planning"] += [{**about, **row} for row in rows]
+                if steps:
+                    calls = measure.calls_of_pictures(len(ways), steps, pictures, together)
+                    with _bar(size, rank, "calls", calls) as bar:
+                        rows = measure.measure_pictures(
+                            model, paths, ways, latents, batch, steps, pictures, together, args.clock, bar.update
+                        )
+                    rows = [{**about, "latents": latents, **row} for row in rows]
+                    result["pictures"] += rows
+                    result["bounds"] += [{**about, **row} for row in judged(rows, on_gpu=device.type == "cuda")]
+            text = _written({"machine": _machine(device), **result}, folder)  # what is done survives an interrupt
+        del model  # before the next one takes its place
+    return text, folder
 
 
-def _planning(size: Size, ranks: Sequence[int], repeats: int) -> list[measure.Row]:
-    rows = []
-    names = build(size, "meta")
-    for rank in ranks:
-        with tempfile.TemporaryDirectory() as folder, tqdm(total=repeats) as bar:
-            bar.set_description(f"{size.title}, rank {rank}: plans")
-            paths = write_pair(Path(folder), names, rank)
-            about = {"unet": size.title, "layers": len(attention_projections(names)), "rank": rank}
-            rows += [{**about, **row} for row in measure.measure_planning(paths, repeats, bar.update)]
-    return rows
+def _written(result: Mapping[str, Any], folder: Path) -> str:
+    text = markdown(result)
+    (folder / "RESULT.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (folder / "RESULT.md").write_text(text, encoding="utf-8")
+    if result["pictures"]:
+        draw(result, folder / "RESULT.png")
+    return text
 
 
-def _calls(
-    size: Size, ranks: Sequence[int], rounds: int, latents: int, batch: int, device: torch.device, dtype: torch.dtype
-) -> list[measure.Row]:
-    rows = []
-    model = build(size, device, dtype)
-    total = measure.UNTIMED_CALLS + rounds * measure.TIMED_CALLS
-    for rank in ranks:
-        with tempfile.TemporaryDirectory() as folder, tqdm(total=total) as bar:
-            bar.set_description(f"{size.title}, rank {rank}: calls")
-            paths = write_pair(Path(folder), model, rank)
-            layers = len(attention_projections(model))
-            about = {"unet": size.title, "layers": layers, "rank": rank, "latents": latents}
-            measured = measure.measure_calls(model, paths, latents, batch, rounds, bar.update)
-            rows += [{**about, **row} for row in measured]
-    return rows
+def _bar(size: Size, rank: int, what: str, total: int) -> Any:
+    return tqdm(total=total, desc=f"{size.title}, rank {rank}: {what}")
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
@@ -151,6 +177,7 @@ def _machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
+        "peft": importlib.metadata.version("peft") if importlib.util.find_spec("peft") else None,
         "safetensors": importlib.metadata.version("safetensors"),
         "est_lora": __version__,
         "date": datetime.now(timezone.utc).date().isoformat(),

@@ -67,6 +67,7 @@ class PublishedSession:
         """Leaves the model as it was."""
         while self._handles:
             self._handles.pop().remove()
+        self.layers = {}
 
 
 class PublishedLayer:
@@ -81,8 +82,8 @@ class PublishedLayer:
         self.pressure = 0.0
         self.acts = ""
         self._factors = {
-            SUBJECT: _factors(plan.subject, module.weight),
-            STYLE: _factors(plan.style, module.weight),
+            SUBJECT: factors(plan.subject, module.weight),
+            STYLE: factors(plan.style, module.weight),
         }
         self._count = self._factors[SUBJECT][1].shape[0] * self._factors[STYLE][1].shape[0]
         self._gamma = gamma
@@ -97,8 +98,8 @@ class PublishedLayer:
         return output + functional.linear(args[0], dense[self.acts])
 
 
-def _factors(update: Update | None, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Up, with alpha / rank folded in, and down: once, so that this costs no call anything."""
+def factors(update: Update | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Up, with alpha / rank folded in, and down, like `weight`: once, so that this costs no call anything."""
     if not isinstance(update, LowRankUpdate):
-        raise TypeError("the published ways know plain LoRAs only, in both files")
+        raise TypeError("the ways that are compared know plain LoRAs only, in both files")
     return (update.up.flatten(1).double() * update.scale).to(weight), update.down.flatten(1).to(weight)

@@ -22,12 +22,10 @@ class Size:
     Attributes:
         title: what tables call it.
         config: what `UNet2DConditionModel` is made with.
-        latents: side of the latents that the model family's usual picture has, which is what a GPU is timed with.
     """
 
     title: str
     config: dict[str, Any]
-    latents: int
 
 
 SIZES = {
@@ -42,7 +40,6 @@ SIZES = {
             "attention_head_dim": 4,
             "norm_num_groups": 8,
         },
-        16,
     ),
     "sd15": Size(
         "SD1.5",
@@ -53,7 +50,6 @@ SIZES = {
             "cross_attention_dim": 768,
             "attention_head_dim": 8,
         },
-        64,
     ),
     "sdxl": Size(
         "SDXL",
@@ -69,7 +65,6 @@ SIZES = {
             "addition_time_embed_dim": 256,
             "projection_class_embeddings_input_dim": 2816,
         },
-        128,
     ),
 }
 
