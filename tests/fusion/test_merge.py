@@ -75,9 +75,8 @@ def test_the_sum_is_made_in_float32_and_rounded_once(tmp_path, dtype):
         fusing.at(0.5)
         got = layer(model, NAME).weight.detach()
     assert got.dtype == dtype
-    # Of two values that are equally near, float32 may find the other one.
-    spacing = (torch.nextafter(exact.to(dtype), torch.tensor(9.0, dtype=dtype)) - exact.to(dtype)).double().abs()
-    assert ((got.double() - exact).abs() <= 0.5001 * spacing + 1e-6).all()
+    # A half of the space between two values, but where float32 found another one of two that are nearly as near.
+    assert ((got.double() - exact).abs() <= 0.5001 * torch.finfo(dtype).eps * exact.abs() + 1e-6).all()
 
 
 def test_autocast_does_not_round_the_sum(tmp_path):
