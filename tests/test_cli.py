@@ -316,7 +316,7 @@ BAD_KNOBS = [
     (["--style-weight", ""], "style_weight can't be ''"),
     (["--method", "mean"], "method can't be 'mean': it is one of est, k-lora, sum, subject, style"),
     (["--pattern", "S"], "pattern can't be 'S'"),
-    (["--engine", "merge"], "engine can't be 'merge'"),
+    (["--engine", "fast"], "engine can't be 'fast'"),
     (["--beta"], "expected one argument"),
     (["--bta", "1"], "unrecognized arguments"),
     (["--plot", "nowhere/map.png"], "can't be written to 'nowhere/map.png'"),

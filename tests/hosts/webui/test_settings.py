@@ -36,7 +36,8 @@ def options(web, opts):
 
 
 def test_every_knob_but_the_pair_is_on_the_page(options):
-    house = ("est_lora_extractor", "est_lora_probe", "est_lora_draw_map", "est_lora_save_map", "est_lora_log")
+    house = ("est_lora_extractor", "est_lora_probe", "est_lora_draw_map", "est_lora_save_map")
+    house += ("est_lora_originals", "est_lora_log")
     assert list(options)[: len(OURS)] == list(OURS)
     assert all(key.startswith(house) for key in list(options)[len(OURS) :])
     assert {option.section for option in options.values()} == {("est_lora", "EST-LoRA")}
@@ -165,3 +166,13 @@ class TestMeasuring:
         monkeypatch.setenv("HOME", str(tmp_path))
         opts.data |= {"est_lora_extractor": "clip", "est_lora_extractor_folder": " ~/clip "}
         assert settings.extractor() == ("clip", tmp_path / "clip")
+
+
+def test_where_original_weights_wait(options, opts):
+    chosen = options["est_lora_originals"].arguments["choices"]
+    assert settings.originals() == "device"
+    found = []
+    for choice in (*chosen, "somewhere", None):
+        opts.data["est_lora_originals"] = choice
+        found.append(settings.originals())
+    assert found == ["device", "cpu", "never", "device", "device"]
