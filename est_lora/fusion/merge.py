@@ -64,7 +64,8 @@ class MergedLayer:
         """From now on `acts` (subject, style, both, none) is in the weight.
 
         Raises:
-            RuntimeError: the device has no memory for another weight; this one is as before then.
+            RuntimeError: the device has no memory for another weight. What is in this one may be half done then; the
+                original is as it was.
         """
         weight: Any = self._module.weight
         if weight is not self._weight:  # the host has put another one there
@@ -75,11 +76,12 @@ class MergedLayer:
             self._put_back()
             return
         original = self.original
-        merged = _sum(original.to(self._weight.device), updates)
+        mine = weight.data if self._original is not None and _writes(weight) == self._writes else None
+        merged = _sum(original.to(weight.device), updates, mine)
         if self._original is None:
             self._original = original.cpu() if self._on_cpu else original
-        self._weight.data = merged
-        self._writes = _writes(self._weight)
+        weight.data = merged
+        self._writes = _writes(weight)
 
     def watch(self) -> None:
         """Looks whether the layer is called at all: a model may run in a form that passes its layers by."""
@@ -138,23 +140,30 @@ def merged_into(module: nn.Module) -> MergedLayer | None:
     return found if isinstance(found, MergedLayer) else None
 
 
-def _sum(original: Tensor, updates: Sequence[tuple[Update, float]]) -> Tensor:
-    """`W0` and the updates at their strengths, added in float32 and rounded once; of the shape of `original`."""
+def _sum(original: Tensor, updates: Sequence[tuple[Update, float]], into: Tensor | None = None) -> Tensor:
+    """`W0` and the updates at their strengths, added in float32 and rounded once.
+
+    Args:
+        original: `W0`, (out, in) or (out, in, kh, kw).
+        updates: each with its strength; at least one.
+        into: a tensor like `original`, which is overwritten: fresh memory costs more than the sum does.
+    """
     exact = torch.promote_types(original.dtype, torch.float32)
     with torch.inference_mode(original.is_inference()), torch.no_grad():  # the new weight is to be of the same mode
-        total = original.to(exact).flatten(1)
-        for update, strength in updates:
+        if into is None or into.stride() != original.stride() or into.is_inference() != original.is_inference():
+            into = torch.empty_like(original)
+        total, last = original.to(exact).flatten(1), len(updates) - 1
+        for index, (update, strength) in enumerate(updates):
+            is_there = index == last and into.dtype == exact and into.is_contiguous()
+            out = into.flatten(1) if is_there else None
             factors = update.factors()
             if factors is None:
-                dense = update.dense().to(exact).to(original.device)
-                total = total.add(dense.reshape(total.shape), alpha=strength)
+                dense = update.dense().to(exact).to(original.device).reshape(total.shape)
+                total = torch.add(total, dense, alpha=strength, out=out)
             else:
                 up, down = (factor.to(original.device).to(exact).flatten(1) for factor in factors[:2])
-                total = torch.addmm(total, up, down, alpha=factors.scale * strength)
-        total = total.reshape(original.shape)
-        if total.dtype == original.dtype and total.stride() == original.stride():
-            return total
-        return torch.empty_like(original).copy_(total)
+                total = torch.addmm(total, up, down, alpha=factors.scale * strength, out=out)
+        return into if total.data_ptr() == into.data_ptr() else into.copy_(total.reshape(into.shape))
 
 
 def _writes(weight: Tensor) -> int | None:

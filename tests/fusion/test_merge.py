@@ -64,6 +64,23 @@ def test_nothing_drifts_however_often_a_layer_switches(tmp_path):
         assert state_hash(model) == first
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [NAME, CONV])
+def test_a_switch_takes_no_fresh_memory(tmp_path, dtype, name):
+    model = tree([name], dtype)
+    weight = layer(model, name).weight
+    own = weight.data_ptr()
+    with merging(tmp_path, model, names=(name,), layers="all", beta=0.5) as fusing:
+        fusing.at(0.0)
+        first, place = weight.detach().clone(), weight.data_ptr()
+        fusing.at(1.0)
+        assert not torch.equal(weight, first)
+        assert weight.data_ptr() == place != own
+        fusing.at(0.0)
+        assert torch.equal(weight, first)
+    assert weight.data_ptr() == own
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_the_sum_is_made_in_float32_and_rounded_once(tmp_path, dtype):
     model = tree([NAME], dtype)
