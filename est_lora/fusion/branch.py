@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from est_lora.fusion.acting import Acting
 from est_lora.fusion.modules import module_shape, unhook, unwrapped
-from est_lora.gate import BOTH
 from est_lora.lora import Shape, Update
 
 
@@ -95,7 +94,7 @@ class BranchLayer:
         """Prepares the updates that act in `module`; nothing is added before `activate`."""
         self._module = module
         self._acting = acting
-        self._terms = {update: Term(update, strength, unwrapped(module)) for update, strength in acting.of(BOTH)}
+        self._terms: dict[Update, Term] = {}
         self._active: tuple[Term, ...] = ()
         self._shared: SharedInput | None = None
         self.ran = False
@@ -115,16 +114,17 @@ class BranchLayer:
 
     def activate(self, acts: str) -> None:
         """From now on `acts` (subject, style, both, none) is added."""
-        self._active = tuple(self._terms[update] for update, _ in self._acting.of(acts))
+        updates = self._acting.of(acts)
+        for update, strength in updates:
+            if update not in self._terms:
+                self._terms[update] = Term(update, strength, unwrapped(self._module))
+        self._active = tuple(self._terms[update] for update, _ in updates)
         if self._shared is not None:
             self._shared.forget()
 
     def thin_first(self, x: Tensor) -> Tensor | None:
         """That of the term that acts now, where there is just one."""
         return self._active[0].thin_first(x) if len(self._active) == 1 else None
-
-    def watch(self) -> None:
-        """Looks whether the layer is called at all, which it does anyway."""
 
     def remove(self) -> None:
         """Takes the hook off. May be called at any time, and again."""

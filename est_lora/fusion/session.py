@@ -235,8 +235,9 @@ class FusionSession:
             )
         if not self._is_compiled:
             self._share()
-            for layer in kept[:1]:
-                layer.engine.watch()
+            watched = kept[0].engine if kept else None
+            if isinstance(watched, MergedLayer):
+                watched.watch()
 
     def _branch(self, layers: Sequence[_Layer]) -> None:
         for layer in layers:
@@ -322,7 +323,8 @@ def _remove_from(modules: Iterable[nn.Module]) -> int:
     found: list[BranchLayer | MergedLayer] = []
     for module in modules:
         found += [hook for hook in module._forward_hooks.values() if isinstance(hook, BranchLayer)]
-        found += [merged for merged in [merged_into(module)] if merged is not None]
+        if (merged := merged_into(module)) is not None:
+            found.append(merged)
     for engine in found:
         engine.remove()
     return len(found)

@@ -302,9 +302,8 @@ class Progress:
 
 def _end_with_sampling(sampler: Any, session: FusionSession) -> None:
     """Has the weights be given back when the sampler is done: what a host does next may be to move or exchange them."""
-    launch = getattr(
-        sampler, "launch_sampling", None
-    )  # all of the hosts' own have it; they are made anew for each pass
+    # All of the hosts' own have it, and they are made anew for each pass.
+    launch = getattr(sampler, "launch_sampling", None)
     if launch is None:
         return
 

@@ -9,6 +9,7 @@ import pytest
 from est_lora import plot
 from est_lora.hosts.webui.measuring import Measuring
 from est_lora.hosts.webui.probes import Stopped
+from est_lora.lora import LoraFile
 from tests.hosts.webui import loras
 from tests.hosts.webui.host import WebUI
 
@@ -81,6 +82,18 @@ def note_maps(monkeypatch):
 
         monkeypatch.setattr(module, "gate_map", gate_map)
         return drawn
+
+    return note
+
+
+@pytest.fixture
+def note_loads(monkeypatch):
+    """Notes the files that are read, each as `spelt` has it."""
+
+    def note(spelt):
+        loaded, load = [], LoraFile.load
+        monkeypatch.setattr(LoraFile, "load", lambda path, layout: loaded.append(spelt(path)) or load(path, layout))
+        return loaded
 
     return note
 

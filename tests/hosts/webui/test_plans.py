@@ -20,7 +20,7 @@ from est_lora.hosts.webui import plans as plans_module
 from est_lora.hosts.webui.job import host_of
 from est_lora.hosts.webui.plans import Plans
 from est_lora.hosts.webui.preview import Preview
-from est_lora.lora import LoraFile, UNetLayout
+from est_lora.lora import UNetLayout
 from est_lora.lora.relative import DoraUpdate
 from tests.files import ATTENTION_LAYERS, random_lora, write
 from tests.hosts.webui import fakes
@@ -39,12 +39,9 @@ def folder(web, tmp_path):
 
 
 @pytest.fixture
-def loaded(monkeypatch):
+def loaded(note_loads):
     """The files that were read."""
-    loaded = []
-    load = LoraFile.load
-    monkeypatch.setattr(LoraFile, "load", lambda path, layout: loaded.append(name(path)) or load(path, layout))
-    return loaded
+    return note_loads(name)
 
 
 @pytest.fixture

@@ -36,14 +36,9 @@ def host(web):
 
 
 @pytest.fixture
-def loaded(monkeypatch):
+def loaded(note_loads):
     """The files that were opened."""
-    loaded = []
-    load = LoraFile.load
-    monkeypatch.setattr(
-        LoraFile, "load", lambda path, layout: loaded.append(os.path.basename(path)) or load(path, layout)
-    )
-    return loaded
+    return note_loads(os.path.basename)
 
 
 @pytest.fixture
