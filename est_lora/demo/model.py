@@ -1,7 +1,7 @@
 """The demo's model: an unmodified `StableDiffusionPipeline` made of very small parts.
 
 The UNet, the text encoder and the schedulers are the ordinary ones. In the VAE's place stands a pixel shuffle, so that
-latents are the picture's own pixels: 32 x 32 x 3 becomes 8 x 8 x 48. The UNet predicts the clean picture.
+latents are the picture's own pixels: 64 x 64 x 3 becomes 16 x 16 x 48. The UNet predicts the clean picture.
 """
 
 from __future__ import annotations
@@ -19,37 +19,23 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-from est_lora.demo.world import (
-    BACKGROUNDS,
-    COLOURS,
-    FILLERS,
-    NEW_STYLES,
-    OBJECTS,
-    RARE_WORDS,
-    SIZE,
-    STYLE,
-    STYLES,
-    SUBJECT,
-    SUBJECTS,
-)
+from est_lora.demo.styles import BACKGROUNDS, COLOURS, FILLS, LINES, NEW_STYLES, SIZE, TONES
+from est_lora.demo.things import SUBJECTS, THINGS
+from est_lora.demo.world import FILLERS, PART_WORDS, RARE_WORDS, STYLE, SUBJECT
 
 WEIGHTS = Path(__file__).parent / "weights"
 BASE = WEIGHTS / "base"
-SUBJECT_LORA = WEIGHTS / "subject.safetensors"
-STYLE_LORA = WEIGHTS / "style.safetensors"
-LORAS = {SUBJECT: SUBJECT_LORA, STYLE: STYLE_LORA} | {
-    words: WEIGHTS / f"{words.split()[0]}.safetensors"
-    for words in (*SUBJECTS, *NEW_STYLES)
-    if words not in {SUBJECT, STYLE}
-}
-"""The LoRA that teaches a subject or a style, by the words that mean it."""
+LORAS = {words: WEIGHTS / f"{words.split()[0]}.safetensors" for words in (*list(SUBJECTS)[:2], *NEW_STYLES[:2])}
+"""The embedded LoRAs, by the words that mean what they teach."""
+SUBJECT_LORA = LORAS[SUBJECT]
+STYLE_LORA = LORAS[STYLE]
 
 GUIDANCE = 2.5
 """The guidance scale that suits this model; Stable Diffusion's usual 7.5 burns its colours."""
 
 UNKNOWN = "<unk>"
 FACTOR = 4
-WORDS_PER_PROMPT = 16
+WORDS_PER_PROMPT = 24
 WIDTH = 96
 
 
@@ -108,7 +94,8 @@ class PixelShuffle(ModelMixin, ConfigMixin):
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word of the demo's world; any other word is `UNKNOWN`, punctuation is nothing."""
     special = ["<pad>", "<bos>", "<eos>", UNKNOWN]
-    words = [*special, *OBJECTS, *COLOURS, *STYLES, *BACKGROUNDS, *FILLERS, *RARE_WORDS]
+    known = [*THINGS, *COLOURS, *FILLS, *LINES, *TONES, *BACKGROUNDS, *PART_WORDS, *FILLERS, *RARE_WORDS]
+    words = dict.fromkeys([*special, *known])  # each once
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Lowercase(), normalizers.Replace(Regex(r"[^\p{L}\p{N}<>]+"), " ")]
@@ -149,9 +136,9 @@ def make_pipeline() -> StableDiffusionPipeline:
         sample_size=SIZE // FACTOR,
         in_channels=vae.config.latent_channels,
         out_channels=vae.config.latent_channels,
-        block_out_channels=(96, 128),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(64, 96, 128),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         attention_head_dim=4,
         cross_attention_dim=WIDTH,
