@@ -1,6 +1,8 @@
 """Runs the demo, the tests or the benchmark in a virtual environment of its own, with exactly pinned packages.
 
 python3 run.py demo           draws the demonstration with the embedded model
+python3 run.py lab            measures how well fusions do with the embedded model, and writes a report (hours on a CPU;
+                              python3 run.py lab --quick makes a smaller one in a quarter of an hour)
 python3 run.py test           runs the checks and the whole test suite
 python3 run.py test-oldest    runs the tests of what lies below the hosts with the oldest torch that hosts still pin
                               (Python 3.10 or 3.11; downloads gigabytes)
@@ -28,6 +30,7 @@ COMMANDS = {
         ["-c", "constraints.txt", "-e", ".[dev]"],
         [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], ["pytest"]],
     ),
+    "lab": (["-c", "constraints.txt", "-e", ".[dev]"], [["est_lora", "lab", "run"]]),
     "test-oldest": (
         [
             *("torch==2.1.2", "numpy==1.26.2", "safetensors==0.4.2", "pytest", "hypothesis", "filelock"),
@@ -51,7 +54,7 @@ def main(arguments: list[str]) -> int:
     packages, steps = COMMANDS[command]
     owner = next(name for name, (needed, _) in COMMANDS.items() if needed == packages)  # gigabytes need no twin
     python = environment(owner, packages)
-    folder = None if command == "demo" else ROOT  # pictures go where the user is
+    folder = None if command in {"demo", "lab"} else ROOT  # pictures go where the user is
     for step in [*steps[:-1], [*steps[-1], *added]]:
         if code := subprocess.run([python, "-m", *step], cwd=folder, check=False).returncode:
             return code

@@ -24,6 +24,8 @@ _SIZE = re.compile(r"(\d{1,5})(?:x(\d{1,5}))?", re.ASCII)
 _SEEDS = re.compile(r"\s*(\d{1,20})(?:-(\d{1,20}))?\s*", re.ASCII)
 _MOST_SEED, _MOST_PICTURES = 2**63, 100_000
 _NEEDS_DEMO = "needs packages that aren't installed ({}): pip install 'est-lora[demo]'"
+_NEEDS_LAB = _NEEDS_DEMO.replace("[demo]", "[lab]")
+_LAB = "est-lora-lab"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,6 +76,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_output(demo, "est-lora-demo")
     demo.add_argument("--seed", default="0", metavar="N", help="seed of the first picture (default 0)")
     demo.set_defaults(run=_demo)
+
+    lab = commands.add_parser("lab", help="how well fusions do, measured with the embedded model", allow_abbrev=False)
+    lab.description = "Trains LoRAs, draws with them by every method, judges the pictures, and reports."
+    parts = lab.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    lab_run = parts.add_parser("run", help="make all of it, or go on with it", allow_abbrev=False)
+    lab_run.add_argument("-o", "--output", default=_LAB, metavar="DIR", help=f"where it is kept (default {_LAB})")
+    lab_run.add_argument("--quick", action="store_true", help="a smaller one, of a quarter of an hour, that tells less")
+    lab_run.set_defaults(run=_lab_run)
+    lab_report = parts.add_parser("report", help="write what was found", allow_abbrev=False)
+    lab_report.add_argument("folder", nargs="?", default=_LAB, metavar="DIR", help=f"of the run (default {_LAB})")
+    lab_report.add_argument("-o", "--output", default="docs", metavar="DIR", help="folder of the page (default docs)")
+    lab_report.set_defaults(run=_lab_report)
 
     inspect = commands.add_parser("inspect", help="what two files hold, and what they will do", allow_abbrev=False)
     inspect.description = "Shows what is in two LoRA files and which of them acts where and when."
@@ -196,6 +210,30 @@ def _demo(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise EstLoraError("The demo " + _NEEDS_DEMO.format(error.name)) from error
     for path in demo(folder, seed):
+        print(path)
+
+
+def _lab_run(args: argparse.Namespace) -> None:
+    folder = _output(args)
+    try:
+        from est_lora.lab import report
+        from est_lora.lab.protocol import FULL, QUICK
+        from est_lora.lab.run import open_lab
+    except ImportError as error:
+        raise EstLoraError("The lab " + _NEEDS_LAB.format(error.name)) from error
+    lab = open_lab(folder, QUICK if args.quick else FULL)
+    lab.run()
+    for path in report.write(lab, folder / "report"):
+        print(path)
+
+
+def _lab_report(args: argparse.Namespace) -> None:
+    try:
+        from est_lora.lab import report
+        from est_lora.lab.run import reopen_lab
+    except ImportError as error:
+        raise EstLoraError("The lab " + _NEEDS_LAB.format(error.name)) from error
+    for path in report.write(reopen_lab(Path(args.folder)), _output(args)):
         print(path)
 
 

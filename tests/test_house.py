@@ -27,7 +27,8 @@ BELOW_HOSTS = {
 ABOVE = {
     "hosts": BELOW_HOSTS.keys(),
     "demo": BELOW_HOSTS.keys() | {"hosts"},
-    "cli": BELOW_HOSTS.keys() | {"hosts", "demo"},
+    "lab": BELOW_HOSTS.keys() | {"hosts", "demo"},
+    "cli": BELOW_HOSTS.keys() | {"hosts", "demo", "lab"},
     "__main__": {"cli"},
 }
 OUTSIDE = {"torch", "safetensors"}

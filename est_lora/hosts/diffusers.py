@@ -48,9 +48,23 @@ def fuse(
         EstLoraError: a knob or a file can't be used. Nothing is attached then.
     """
     config = FusionConfig.of({"subject": subject, "style": style, **knobs})
-    unet = unet_of(pipe)
+    with carry_out(pipe, load_plan(config, pipe)) as session:
+        yield session
+
+
+@contextmanager
+def carry_out(pipe: Any, plan: FusionPlan) -> Iterator[FusionSession]:
+    """Inside the `with` block, `pipe` draws by a plan, as by `load_plan` or one made of that.
+
+    Yields:
+        The session.
+
+    Raises:
+        EstLoraError: the pipeline can't draw by a plan. Nothing is attached then.
+    """
+    unet, config = unet_of(pipe), plan.config
     _check_scheduler(pipe.scheduler)
-    session = FusionSession(unet, load_plan(config, pipe))
+    session = FusionSession(unet, plan)
 
     @torch.compiler.disable  # a UNet compiled in place would compile this with it
     def tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

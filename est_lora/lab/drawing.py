@@ -1,0 +1,68 @@
+"""Drawing: the embedded model with no LoRA, with one, with a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+
+from est_lora.demo.model import load_pipeline
+from est_lora.demo.styles import BACKGROUNDS
+from est_lora.gate import FusionPlan
+from est_lora.hosts.diffusers import carry_out
+
+_BATCH = 8  # larger ones are no faster on a CPU
+
+
+def pipeline(base: Any = None) -> Any:
+    """The embedded model, or another in its format, ready to draw without a word."""
+    pipe = load_pipeline(base)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def background_of(seed: int) -> str:
+    """What the picture of a sampling seed is drawn on."""
+    return list(BACKGROUNDS)[seed % len(BACKGROUNDS)]
+
+
+def prompt_of(words: str, seed: int) -> str:
+    """What is asked for: `a mipo creature, vitra style, on cream`."""
+    return f"a {words}, on {background_of(seed)}"
+
+
+def draw(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    plan: FusionPlan | None = None,
+) -> list[np.ndarray]:
+    """Pictures, uint8 (SIZE, SIZE, 3), one a prompt and seed.
+
+    Args:
+        pipe: the pipeline.
+        prompts: one a picture.
+        seeds: of the noise, one a picture.
+        steps: of the sampler.
+        guidance: the guidance scale; 1 is without.
+        plan: the fusion; None for the base alone.
+    """
+    pictures: list[np.ndarray] = []
+    fusing: AbstractContextManager[object] = carry_out(pipe, plan) if plan else nullcontext()
+    with fusing:
+        for first in range(0, len(prompts), _BATCH):
+            part = slice(first, first + _BATCH)
+            drawn = pipe(
+                list(prompts[part]),
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
+                output_type="np",
+            ).images
+            pictures += [np.rint(255 * picture).astype(np.uint8) for picture in drawn]
+    return pictures

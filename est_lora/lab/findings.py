@@ -1,0 +1,198 @@
+"""What the records say, in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from est_lora.lab.protocol import Protocol
+from est_lora.lab.run import Lab, Records
+
+_RESAMPLES = 1000
+_PLAIN_SUM = "sum 1/1"
+
+Values = NDArray[np.float64]
+
+
+class Interval(NamedTuple):
+    """A mean, and where it lies with 95 % probability."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Gate(NamedTuple):
+    """Something that has to hold before methods are ranked.
+
+    Attributes:
+        name: what it is.
+        least: what has to be reached.
+        figures: by their names.
+    """
+
+    name: str
+    least: float
+    figures: dict[str, float]
+
+    @property
+    def holds(self) -> bool:
+        """Whether every figure reaches it."""
+        return min(self.figures.values()) >= self.least
+
+
+class Score(NamedTuple):
+    """How a method does.
+
+    Attributes:
+        method: its name.
+        subject: share of pictures with the right subject.
+        style: likewise.
+        both: share of pictures with both right.
+        harmonic: harmonic mean of `subject` and `style`.
+        parts: share of the subject's parts that are right.
+        distance: to the true picture.
+        gain: `both` less that of the plain sum, pair by pair.
+    """
+
+    method: str
+    subject: Interval
+    style: Interval
+    both: Interval
+    harmonic: Interval
+    parts: Interval
+    distance: Interval
+    gain: Interval
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that is reported.
+
+    Attributes:
+        gates: in order.
+        scores: of every method, by guidance scale.
+        loras: of each file its words, its rank, its alpha and `||dW||^2 / ||W||^2`.
+        discrepancies: of each pair and training its `D`.
+    """
+
+    gates: list[Gate]
+    scores: dict[float, list[Score]]
+    loras: dict[str, dict[str, float | str]]
+    discrepancies: dict[tuple[str, str, int], float]
+
+    @property
+    def may_rank(self) -> bool:
+        """Whether all gates hold."""
+        return all(gate.holds for gate in self.gates)
+
+    @classmethod
+    def of(cls, lab: Lab) -> Findings:
+        """What a finished run found.
+
+        Raises:
+            KeyError: it isn't finished.
+        """
+        protocol, records = lab.protocol, lab.records
+        scores = {guidance: _scores(protocol, records, guidance) for guidance in protocol.guidances}
+        loras = {key[1]: entry for key, entry in records.entries.items() if key[0] == "lora"}
+        measured = {key[1:]: entry["value"] for key, entry in records.entries.items() if key[0] == "discrepancy"}
+        return cls(_gates(protocol, records), scores, loras, measured)
+
+
+def _gates(protocol: Protocol, records: Records) -> list[Gate]:
+    single = {
+        f"{words}, guidance {guidance:g}": _mean(
+            records["single", words, training, guidance]["right"] for training in range(len(protocol.trainings))
+        )
+        for words in (*protocol.subjects, *protocol.styles)
+        for guidance in protocol.guidances
+    }
+    kinds = [f"{subject}, {style}" for subject in protocol.subjects for style in protocol.styles]
+    ceiling = {
+        f"one LoRA of the true pictures, {what}, guidance {guidance:g}": _mean(
+            np.mean(records["ceiling", both, guidance][what]) for both in kinds
+        )
+        for guidance in protocol.guidances
+        for what in ("subject", "style")
+    }
+    drawn = {
+        f"drawn by code, {what}": _mean(np.mean(records["drawn by code", both][what]) for both in kinds)
+        for what in ("subject", "style")
+    }
+    judged = {
+        f"{name}: {kind}": right
+        for name in ("subject", "style", "parts")
+        for kind, right in records["judge", name]["right"].items()
+    }
+    return [
+        Gate("LoRAs alone on their own picture", protocol.gates["single"], single),
+        Gate("the ceiling", protocol.gates["ceiling"], {**ceiling, **drawn}),
+        Gate("the judge on pictures it hasn't seen", protocol.gates["judge"], judged),
+    ]
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
+
+
+def _scores(protocol: Protocol, records: Records, guidance: float) -> list[Score]:
+    found = {
+        method: {
+            what: np.array([records[("cell", *pair, method, guidance)][what] for pair in protocol.pairs], float)
+            for what in ("subject", "style", "parts", "distance")
+        }
+        for method in protocol.methods
+    }
+    draws = _draws(len(protocol.pairs), protocol.sampling_seeds)
+    plain = _both(found[_PLAIN_SUM])
+    return [
+        Score(
+            method,
+            *(
+                _interval(draws, each["subject"]),
+                _interval(draws, each["style"]),
+                _interval(draws, _both(each)),
+                _interval(draws, each["subject"], each["style"], of=_harmonic),
+                _interval(draws, each["parts"]),
+                _interval(draws, each["distance"]),
+                _interval(draws, _both(each) - plain),
+            ),
+        )
+        for method, each in found.items()
+    ]
+
+
+def _both(found: dict[str, Values]) -> Values:
+    return found["subject"] * found["style"]
+
+
+def _harmonic(means: Sequence[Values]) -> Values:
+    one, other = means
+    total = one + other
+    return np.where(total > 0, 2 * one * other / np.where(total > 0, total, 1), 0.0)
+
+
+def _draws(clusters: int, seeds: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Clusters (a pair and a training), and in each of them sampling seeds, drawn anew with repetition."""
+    rng = np.random.default_rng(0)
+    return (
+        rng.integers(clusters, size=(_RESAMPLES, clusters, 1)),
+        rng.integers(seeds, size=(_RESAMPLES, clusters, seeds)),
+    )
+
+
+def _interval(
+    draws: tuple[NDArray[np.int64], NDArray[np.int64]],
+    *values: Values,
+    of: Callable[[Sequence[Values]], Values] = lambda means: means[0],
+) -> Interval:
+    """Of values with shape (clusters, seeds)."""
+    mean = of([np.array(each.mean()) for each in values])
+    again = of([each[draws].mean((1, 2)) for each in values])
+    low, high = np.quantile(again, (0.025, 0.975))
+    return Interval(float(mean), float(low), float(high))

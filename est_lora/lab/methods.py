@@ -1,0 +1,60 @@
+"""The plans of the methods that are compared: what `FusionConfig` offers, and two ways of choosing without a gate."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.random import Generator
+
+from est_lora.config import FusionConfig
+from est_lora.gate import STYLE, SUBJECT, FusionPlan
+from est_lora.gate.schedule import Segment, Segments
+from est_lora.hosts.diffusers import load_plan
+
+MEASURED = "measured"
+"""What `beta` is where the pair's style discrepancy is to be taken."""
+_HALF_TIME = 0.5
+
+
+def _at_half_time(rng: Generator) -> Segments:
+    return Segment(0.0, SUBJECT), Segment(_HALF_TIME, STYLE)
+
+
+def _by_chance(rng: Generator) -> Segments:
+    return (Segment(0.0, SUBJECT if rng.random() < 0.5 else STYLE),)
+
+
+LAYERS_BY: dict[str, Callable[[Generator], Segments]] = {"half time": _at_half_time, "chance": _by_chance}
+"""Who acts in a gated layer, where the gate doesn't say."""
+
+
+def plan_of(
+    method: dict[str, Any], subject: Path, style: Path, pipe: Any, discrepancy: Callable[[], float], seed: int
+) -> FusionPlan:
+    """The plan of a method.
+
+    Args:
+        method: as in the protocol.
+        subject: the subject's LoRA.
+        style: the style's LoRA.
+        pipe: the pipeline that is to draw.
+        discrepancy: measures the pair's `D`; called where the method takes it.
+        seed: of what is left to chance.
+    """
+    knobs = dict(method)
+    layers_by = knobs.pop("layers_by", None)
+    if knobs.get("beta") == MEASURED:
+        knobs["beta"] = discrepancy()
+    plan = load_plan(FusionConfig.of({"subject": subject, "style": style, **knobs}), pipe)
+    if layers_by is None:
+        return plan
+    rng = np.random.default_rng(seed)
+    layers = tuple(
+        dataclasses.replace(layer, segments=LAYERS_BY[layers_by](rng)) if layer.gated else layer
+        for layer in plan.layers
+    )
+    return dataclasses.replace(plan, layers=layers)

@@ -1,0 +1,157 @@
+"""The report: a page with the gates above the table, plots, and grids for the eye; every figure in it is from the records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from est_lora.lab import plots
+from est_lora.lab.findings import Findings, Gate, Interval, Score
+from est_lora.lab.run import Lab
+
+PAGE = "lab.md"
+
+_PAGE = """\
+# Does the gate balance subject and style?
+
+Measured on the embedded model (64 x 64 pixels), in a world that is drawn by code, so that of every subject in every
+style the true picture exists. {pairs} pairs ({subjects} subjects x {styles} styles), each with {trainings} pairs of LoRAs
+from different training seeds, ranks and scales, {seeds} pictures of {steps} steps for each pair, method and guidance scale.
+What is compared was fixed in a [file](../est_lora/lab/protocol.json) before. All of this, every figure included, is written
+by two commands:
+
+    est-lora lab run
+    est-lora lab report -o docs
+
+It is a toy: what holds here may not hold for SDXL. Two classifiers say whether a picture has the right subject and the
+right style; they were trained on drawn pictures and on such that only look right: the colours without the parts, the parts
+in wrong colours, a part missing, half an object in the style, nearly the style. The grids show what they judged.
+
+## Before methods are compared
+
+{gates}
+
+{may_rank}
+
+{comparison}
+
+## For the eye
+
+{grids}
+
+## The LoRAs
+
+{loras}
+
+{discrepancies}
+"""
+
+
+def write(lab: Lab, folder: Path) -> list[Path]:
+    """Writes the page and its pictures into a folder; returns their paths.
+
+    Raises:
+        KeyError: the run isn't finished.
+    """
+    found = Findings.of(lab)
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = dict(_figures(lab, found))
+    for name, figure in drawn.items():
+        figure.savefig(folder / name, metadata={"Software": None})
+    (folder / PAGE).write_text(page(lab, found, list(drawn)), encoding="utf-8")
+    return [folder / PAGE, *(folder / name for name in drawn)]
+
+
+def _figures(lab: Lab, found: Findings) -> Iterator[tuple[str, plots.Figure]]:
+    for guidance, scores in found.scores.items():
+        if found.may_rank:
+            yield f"lab-methods-{guidance:g}.png", plots.subject_and_style(scores)
+            if swept := plots.sweep(scores):
+                yield f"lab-beta-{guidance:g}.png", swept
+        yield f"lab-grid-{guidance:g}.png", plots.grid(lab, guidance, list(lab.protocol.methods))
+
+
+def page(lab: Lab, found: Findings, pictures: list[str]) -> str:
+    """The page's text; `pictures` are the names of its figures."""
+    protocol = lab.protocol
+    return _PAGE.format(
+        pairs=len(protocol.subjects) * len(protocol.styles),
+        subjects=len(protocol.subjects),
+        styles=len(protocol.styles),
+        trainings=len(protocol.trainings),
+        seeds=protocol.sampling_seeds,
+        steps=protocol.steps,
+        gates=_gate_table(found.gates),
+        may_rank=_may_rank(found),
+        comparison=_comparison(found, pictures),
+        grids="\n\n".join(f"![{name}]({name})" for name in pictures if "grid" in name),
+        loras=_lora_table(found),
+        discrepancies=_discrepancy_table(found),
+    )
+
+
+def _gate_table(gates: list[Gate]) -> str:
+    rows = ["| gate | what | at least | measured | holds |", "| --- | --- | --- | --- | --- |"]
+    for gate in gates:
+        for name, figure in gate.figures.items():
+            holds = "yes" if figure >= gate.least else "**no**"
+            rows.append(f"| {gate.name} | {name} | {gate.least:g} | {figure:.3f} | {holds} |")
+    return "\n".join(rows)
+
+
+def _may_rank(found: Findings) -> str:
+    if found.may_rank:
+        return "All of them hold, so methods may be compared."
+    failed = ", ".join(gate.name for gate in found.gates if not gate.holds)
+    return f"**Not all of them hold ({failed}), so no method is ranked here.** What was drawn is below, for the eye."
+
+
+def _comparison(found: Findings, pictures: list[str]) -> str:
+    if not found.may_rank:
+        return ""
+    parts = ["## The comparison", ""]
+    parts += [
+        "Shares of pictures, with 95 % intervals over pairs, training seeds and sampling seeds. Parts: the share of the"
+    ]
+    parts += [
+        "subject's parts that are there in their colours. Distance: to the true picture, on its foreground, wherever"
+    ]
+    parts += ["the object stands (0 to 1). The last column is what a method has more of both right than the plain sum."]
+    for guidance, scores in found.scores.items():
+        parts += ["", f"### Guidance {guidance:g}", "", _score_table(scores), ""]
+        parts += [
+            f"![{name}]({name})" for name in pictures if name.endswith(f"-{guidance:g}.png") and "grid" not in name
+        ]
+    return "\n".join(parts)
+
+
+def _score_table(scores: list[Score]) -> str:
+    columns = ["subject", "style", "harmonic mean", "both right", "parts", "distance", "both, beyond the sum"]
+    rows = [f"| method | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
+    for score in sorted(scores, key=lambda score: -score.both.mean):
+        values = (score.subject, score.style, score.harmonic, score.both, score.parts, score.distance)
+        cells = [*map(_told, values), _told(score.gain, "+.2f")]
+        rows.append(f"| {score.method} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _told(interval: Interval, spelt: str = ".2f") -> str:
+    return f"{interval.mean:{spelt}} ({interval.low:{spelt}} ... {interval.high:{spelt}})"
+
+
+def _lora_table(found: Findings) -> str:
+    rows = ["| file | teaches | rank | alpha | energy of the update by that of the weights |", "| --- " * 5 + "|"]
+    for name, lora in found.loras.items():
+        rows.append(f"| {name} | {lora['words']} | {lora['rank']} | {lora['alpha']:g} | {lora['share']:.2%} |")
+    return "\n".join(rows)
+
+
+def _discrepancy_table(found: Findings) -> str:
+    if not found.discrepancies:
+        return ""
+    rows = ["Style discrepancies, by the training of the pair:", "", "| subject | style | D |", "| --- | --- | --- |"]
+    pairs = dict.fromkeys(key[:2] for key in found.discrepancies)
+    for subject, style in pairs:
+        values = [value for key, value in found.discrepancies.items() if key[:2] == (subject, style)]
+        rows.append(f"| {subject} | {style} | {', '.join(f'{value:.3f}' for value in values)} |")
+    return "\n".join(rows)

@@ -1,0 +1,41 @@
+"""Plans of methods that the gate has no part in, and what is handed to the one it has."""
+
+from __future__ import annotations
+
+import pytest
+
+from est_lora.demo.model import STYLE_LORA, SUBJECT_LORA
+from est_lora.gate import STYLE, SUBJECT
+from est_lora.lab.methods import plan_of
+
+
+def never():
+    raise AssertionError("D isn't asked for")
+
+
+def plan(method, seed=0, discrepancy=never):
+    return plan_of(method, SUBJECT_LORA, STYLE_LORA, None, discrepancy, seed)
+
+
+def test_half_time_is_half_time_in_every_layer():
+    layers = [layer for layer in plan({"layers_by": "half time"}).layers if layer.gated]
+    assert layers
+    assert all((layer.acts(0.49), layer.acts(0.5)) == (SUBJECT, STYLE) for layer in layers)
+
+
+def test_by_chance_a_layer_is_one_files_for_the_whole_picture():
+    layers = plan({"layers_by": "chance"}, seed=3).layers
+    assert {layer.acts(0.0) for layer in layers} == {SUBJECT, STYLE}
+    assert all(layer.acts(0.0) == layer.acts(1.0) for layer in layers)
+    again, other = (plan({"layers_by": "chance"}, seed=seed).layers for seed in (3, 4))
+    acting = [[layer.acts(0.0) for layer in each] for each in (layers, again, other)]
+    assert acting[0] == acting[1] != acting[2]
+
+
+def test_the_discrepancy_is_asked_for_only_where_it_is_beta():
+    assert plan({"beta": "measured"}, discrepancy=lambda: 0.3).beta == pytest.approx(0.3)
+    assert plan({"beta": 0.25}).beta == pytest.approx(0.25)
+
+
+def test_knobs_are_those_of_a_request():
+    assert plan({"method": "sum", "subject_weight": 0.7}).config.subject_weight == pytest.approx(0.7)
