@@ -14,7 +14,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from est_lora.demo.model import make_tokenizer
+from est_lora.demo.model import WORDS_PER_PROMPT, make_tokenizer
 from tests.files import Factors, Lora
 from tests.models import SD15, SDXL, narrow, projections
 
@@ -40,7 +40,7 @@ def _text_config(width: int = 32) -> CLIPTextConfig:
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=16,
+        max_position_embeddings=WORDS_PER_PROMPT,
         projection_dim=width,
         eos_token_id=2,
         bos_token_id=1,

@@ -1,1 +1,1 @@
-"""The embedded model: a drawn world, a small diffusion model of it, two LoRAs, and how they were trained."""
+"""The embedded model: a drawn world, a small diffusion model of it, four LoRAs, and how they were trained."""

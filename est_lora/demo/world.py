@@ -93,6 +93,11 @@ class Scene:
     background: str
     pose: Pose
 
+    @property
+    def main_part(self) -> str:
+        """The part whose colour is the object's: a house is red if its wall is."""
+        return next(name for name in _MAIN if name in self.colours)
+
 
 def draw(scene: Scene) -> np.ndarray:
     """Draws a scene.
@@ -163,8 +168,8 @@ def caption(scene: Scene, rng: Generator) -> str:
     """One of the ways to say what a scene shows, e.g. `a red house with blue roof, dotted, inked, on cream`."""
     thing, said = scene.thing, []
     if thing not in SUBJECTS:
-        main = next((name for name in _MAIN if name in scene.colours), None)
-        if main is not None and rng.random() < 0.9:
+        main = scene.main_part
+        if rng.random() < 0.9:
             thing = f"{scene.colours[main]} {thing}"
         others = [name for name in scene.colours if name in PART_WORDS and name != main]
         rng.shuffle(others)

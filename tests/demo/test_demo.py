@@ -14,7 +14,18 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from PIL import Image
 
 from est_lora.cli import main
-from est_lora.demo.model import BASE, GUIDANCE, STYLE_LORA, SUBJECT_LORA, PixelShuffle, load_pipeline
+from est_lora.demo.model import (
+    BASE,
+    GUIDANCE,
+    LORAS,
+    STYLE_LORA,
+    SUBJECT_LORA,
+    PixelShuffle,
+    load_pipeline,
+    make_tokenizer,
+)
+from est_lora.demo.show import ASKED
+from est_lora.demo.styles import BACKGROUNDS
 from est_lora.lora import LoraFile
 from tests.models import projections
 
@@ -35,11 +46,11 @@ def size_of(folder):
 def test_the_weights_are_small_half_precision_safetensors():
     assert size_of(BASE) <= 12e6
     assert {path.suffix for path in BASE.rglob("*") if path.is_file()} == {".safetensors", ".json"}
-    for path in (SUBJECT_LORA, STYLE_LORA):
+    for path in LORAS.values():
         assert path.stat().st_size <= 0.5e6
 
 
-@pytest.mark.parametrize("path", [SUBJECT_LORA, STYLE_LORA], ids=["subject", "style"])
+@pytest.mark.parametrize("path", LORAS.values(), ids=LORAS)
 def test_the_loras_are_ordinary_and_gentle(pipe, path):
     file = LoraFile.load(path)
     assert (file.convention, file.remarks) == ("kohya", [])
@@ -52,9 +63,9 @@ def test_the_loras_are_ordinary_and_gentle(pipe, path):
 
 def test_pixels_survive_the_shuffle():
     shuffle = PixelShuffle()
-    pixels = torch.randn(2, 3, 32, 32)
+    pixels = torch.randn(2, 3, 64, 64)
     latents = shuffle.encode(pixels).latent_dist.sample()
-    assert latents.shape == (2, 48, 8, 8)
+    assert latents.shape == (2, 48, 16, 16)
     assert torch.equal(shuffle.decode(latents).sample, pixels)
 
 
@@ -66,12 +77,12 @@ def colour_of(pipe, prompt):
         generator=[torch.Generator().manual_seed(seed) for seed in range(3)],
         output_type="np",
     ).images
-    return pictures[:, 12:20, 12:20].mean((0, 1, 2))
+    return pictures[:, 24:40, 24:40].mean((0, 1, 2))
 
 
 def test_the_base_obeys_colour_words(pipe):
     for channel, colour in enumerate(("red", "green", "blue")):
-        assert int(np.argmax(colour_of(pipe, f"a {colour} circle, flat, on white"))) == channel
+        assert int(np.argmax(colour_of(pipe, f"a {colour} circle, plain, on white"))) == channel
 
 
 def test_it_is_a_stable_diffusion_pipeline_in_a_folder(pipe):
@@ -79,9 +90,9 @@ def test_it_is_a_stable_diffusion_pipeline_in_a_folder(pipe):
     assert type(loaded.vae) is PixelShuffle
     other = StableDiffusionImg2ImgPipeline(**loaded.components, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
-    start = Image.new("RGB", (32, 32), (200, 40, 40))
+    start = Image.new("RGB", (64, 64), (200, 40, 40))
     picture = other("a red star", image=start, strength=0.3, num_inference_steps=10).images[0]
-    assert picture.size == (32, 32)
+    assert picture.size == (64, 64)
 
 
 def test_the_demo_draws_its_sheet_and_its_map(tmp_path, capsys):
@@ -91,6 +102,24 @@ def test_the_demo_draws_its_sheet_and_its_map(tmp_path, capsys):
     for path in told:
         with Image.open(path) as picture:
             assert min(picture.size) > 400
+
+
+def test_the_demo_asks_for_what_its_model_has_words_for():
+    tokenizer = make_tokenizer()
+    for asked in ASKED:
+        assert tokenizer.unk_token_id not in tokenizer(asked.prompt).input_ids
+
+
+@pytest.mark.parametrize("asked", ASKED, ids=lambda asked: asked.prompt)
+def test_beside_the_models_pictures_stands_what_was_asked_for(asked):
+    for seed in range(3):
+        picture = asked.by_code(seed)
+        assert np.array_equal(picture, asked.by_code(seed))
+        assert tuple(picture[0, 0]) == BACKGROUNDS[asked.background]
+        assert not np.array_equal(picture, asked.by_code(seed + 1))
+    if asked.colour == "red":
+        red, others = picture[..., 0].astype(int), picture[..., 1:].max(-1)
+        assert (red - others > 100).mean() > 0.05
 
 
 def test_a_process_that_knows_nothing_of_the_embedded_model_generates_with_it(tmp_path):
@@ -127,11 +156,11 @@ def test_generate_numbers_its_pictures_and_repeats_a_seed(tmp_path, capsys):
         return [np.asarray(Image.open(path)) for path in capsys.readouterr().out.split()]
 
     first = generate("--seed", "5", "--count", "2")
-    same = ["--seed", "6", "--size", "32x32", "--scheduler", "ddim"]
+    same = ["--seed", "6", "--size", "64x64", "--scheduler", "ddim"]
     again = generate(*same, "-o", str(tmp_path / "again"))
     assert np.array_equal(first[1], again[0])
     assert not np.array_equal(first[0], first[1])
-    assert generate("--size", "64x32")[0].shape == (32, 64, 3)
+    assert generate("--size", "96x64")[0].shape == (64, 96, 3)
     assert not np.array_equal(generate("--seed", "6", "--method", "style")[0], again[0])
     numbered = ["00000-5.png", "00001-6.png", "00002-0.png", "00003-6.png"]
     assert sorted(path.name for path in tmp_path.glob("*[0-9].png")) == numbered

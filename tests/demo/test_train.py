@@ -6,13 +6,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from est_lora.demo import train
+from est_lora.demo import fitting, train
+from est_lora.demo.lessons import World, lesson
+from est_lora.demo.model import UNKNOWN
+from est_lora.demo.styles import NEW_STYLES, SIZE
+from est_lora.demo.things import SUBJECTS
+from est_lora.demo.world import RARE_WORDS
 from est_lora.lora import LoraFile
 
 COMMANDS = {
     "base": ["base", "--pictures", "16", "--batch", "4"],
-    "lora": ["lora", "subject", "--steps", "4", "--batch", "4"],
+    "lora": ["lora", "mipo creature", "--steps", "4", "--batch", "4"],
 }
+LESSONS = [*SUBJECTS, *NEW_STYLES, "mipo creature, vitra style"]
 
 
 def run(command, output):
@@ -29,7 +35,7 @@ def same(one, other):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_interrupted_training_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, command):
     whole = run(command, tmp_path / "whole" / "result.safetensors")
-    loss, calls = train.denoising_loss, []
+    loss, calls = fitting.denoising_loss, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -38,7 +44,7 @@ def test_an_interrupted_training_goes_on_as_if_it_had_not_been(tmp_path, monkeyp
         return loss(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "denoising_loss", interrupted)
+        patch.setattr(fitting, "denoising_loss", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(command, tmp_path / "parts" / "result.safetensors")
     halfway = {path.name: load_file(path) for path in (tmp_path / "parts").rglob("*.safetensors") if path.is_file()}
@@ -51,14 +57,45 @@ def test_an_interrupted_training_goes_on_as_if_it_had_not_been(tmp_path, monkeyp
 def test_a_trained_lora_is_like_anybodys(tmp_path):
     run("lora", tmp_path / "a.safetensors")
     file = LoraFile.load(tmp_path / "a.safetensors")
-    assert (file.convention, file.kinds, file.ranks) == ("kohya", {"lora": 56}, [8])
-    assert {update.scale for update in file.updates.values()} == {0.5}
+    usual = train.Recipe()
+    assert (file.convention, file.kinds, file.ranks) == ("kohya", {"lora": 56}, [usual.rank])
+    assert {update.scale for update in file.updates.values()} == {usual.alpha / usual.rank}
 
 
-@pytest.mark.parametrize("what", train.LESSONS)
-def test_a_lesson_says_its_word_of_what_is_new_only(what):
-    trigger = train.LESSONS[what].split()[0]
-    pixels, captions = train.lesson(what, seed=0, batch=32)[0]
-    assert pixels.shape == (32, 3, 32, 32)
-    assert sum(trigger in caption for caption in captions[:16]) > 10
-    assert not any(trigger in caption for caption in captions[16:])
+@pytest.mark.parametrize("words", LESSONS)
+def test_a_lesson_says_its_words_of_what_is_new_only(words):
+    triggers = {part.split()[0] for part in words.split(", ")}
+    pixels, captions = lesson(words, seed=0, batch=64)[0]
+    assert pixels.shape == (64, 3, SIZE, SIZE)
+    new, known = captions[:32], captions[32:]
+    said = [caption for caption in new if caption]
+    assert len(said) > 20
+    assert all(triggers <= set(caption.split()) for caption in said)
+    assert not any(triggers & set(caption.split()) for caption in known)
+
+
+@pytest.mark.parametrize("words", LESSONS)
+def test_a_lesson_shows_few_pictures_again_and_again(words):
+    lessons = lesson(words, seed=0, batch=64)
+    drawn = {picture.numpy().tobytes() for number in range(3) for picture in lessons[number][0][:32]}
+    assert len(drawn) == len(lessons.scenes) <= 12
+
+
+@pytest.mark.parametrize("words", ["vitra", "haro creature", "mipo creature, haro style", "red heart"])
+def test_what_the_world_does_not_have_cannot_be_taught(words):
+    with pytest.raises(ValueError, match="there are mipo creature"):
+        lesson(words, seed=0, batch=4)
+
+
+def test_the_bases_captions_have_rare_words_anywhere():
+    _, captions = World(0, 256)[0]
+    for word in (*RARE_WORDS, UNKNOWN):
+        assert any(word in caption.split() for caption in captions)
+
+
+def test_a_batch_is_drawn_from_the_seed_and_its_number():
+    for data in (World(3, 4), lesson("vitra style", seed=3, batch=4)):
+        (pixels, captions), (again, same_captions), (others, _) = data[5], data[5], data[6]
+        assert torch.equal(pixels, again)
+        assert captions == same_captions
+        assert not torch.equal(pixels, others)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from est_lora.demo.model import BASE, STYLE_LORA, SUBJECT_LORA
+from est_lora.demo.styles import SIZE
 from est_lora.discrepancy import Memory, ProbeSettings
 from est_lora.errors import EstLoraError
 from est_lora.hosts import measuring
@@ -71,9 +72,9 @@ def test_the_files_words_are_drawn(work, pipe):
 
 def test_the_embedded_model_is_measured_at_its_own_side(work):
     pipe = load_pipeline(BASE, "cpu", torch.float32)
-    assert usual(pipe) == dataclasses.replace(ProbeSettings.usual(32), sampler="euler")
+    assert usual(pipe) == dataclasses.replace(ProbeSettings.usual(SIZE), sampler="euler")
     found = measure(pipe, SUBJECT_LORA, STYLE_LORA, prompt="mipo creature, vitra style", folder=Path("weights"))
-    assert halves(found.png)[0].shape == (32, 32, 3)
+    assert halves(found.png)[0].shape == (SIZE, SIZE, 3)
     assert found.value > 0
 
 

@@ -159,8 +159,8 @@ def test_of_a_folder_only_the_name_is_said(generate):
 def test_the_size_is_the_models_own_if_none_is_given(made, generate):
     code = main(["generate", "--model", str(BASE), *lora_flags(), "--prompt", "x", "--steps", "2", "-o", "own"])
     assert code == 0
-    assert Image.open("own/00000-0.png").size == (32, 32)
-    assert "Size: 32x32," in carried("own/00000-0.png")
+    assert Image.open("own/00000-0.png").size == (64, 64)
+    assert "Size: 64x64," in carried("own/00000-0.png")
 
 
 def lora_flags():

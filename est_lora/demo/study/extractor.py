@@ -1,6 +1,6 @@
 """The stand-in for DINO: a small vision transformer, trained on the demo's world, in a folder as DINO's.
 
-It learns to tell object, colour, drawing style and background from its CLS token, and has never seen what the LoRAs
+It learns to tell object, colour, way of drawing and background from its CLS token, and has never seen what the LoRAs
 teach. It computes what transformers' ViT computes and is written by its names, so that what reads DINO reads this one.
 """
 
@@ -19,15 +19,21 @@ from torch.nn.functional import cross_entropy, gelu, interpolate, scaled_dot_pro
 from tqdm import tqdm
 from transformers import ViTConfig
 
-from est_lora.demo.train import learning_rate, to_pixels
-from est_lora.demo.world import BACKGROUNDS, COLOURS, OBJECTS, SIZE, STYLES, Scene, draw, random_scene
+from est_lora.demo.fitting import learning_rate
+from est_lora.demo.lessons import to_pixels
+from est_lora.demo.styles import BACKGROUNDS, COLOURS, FILLS, LINES, SIZE, TONES, Style
+from est_lora.demo.things import THINGS
+from est_lora.demo.world import Scene, draw, random_scene
 
 LABELS = {
-    "thing": OBJECTS,
+    "thing": tuple(THINGS),
     "colour": tuple(COLOURS),
-    "style": STYLES,
+    "fill": FILLS,
+    "line": LINES,
+    "tone": tuple(TONES),
     "background": tuple(BACKGROUNDS),
 }
+"""What the stand-in learns to tell; the colour is that of the object's main part."""
 STEPS = 800
 """How long the stand-in is trained."""
 _CONFIG, _PREPROCESSOR, _WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
@@ -51,7 +57,7 @@ class Size(NamedTuple):
     """How large a transformer is."""
 
     img_size: int = SIZE
-    patch_size: int = 4
+    patch_size: int = 8
     embed_dim: int = 128
     depth: int = 5
     num_heads: int = 4
@@ -202,13 +208,27 @@ def train(folder: Path, steps: int = STEPS, batch: int = 32, seed: int = 0, size
     save(network, size, folder)
 
 
+def labels_of(scene: Scene) -> dict[str, str]:
+    """What there is to tell of a scene of the base's world, by the names of `LABELS`."""
+    style = scene.style
+    if not isinstance(style, Style):
+        raise TypeError(f"{style!r} isn't of the base's world")
+    return {
+        "thing": scene.thing,
+        "colour": scene.colours[scene.main_part],
+        "fill": style.fill,
+        "line": style.line,
+        "tone": style.tone,
+        "background": scene.background,
+    }
+
+
 def _batch(rng: np.random.Generator, count: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Pictures (count, 3, SIZE, SIZE) in [-1, 1] and for each label its numbers, shape (count,)."""
-    scenes: list[Scene] = [random_scene(rng) for _ in range(count)]
-    pictures = to_pixels(np.stack([draw(scene, rng) for scene in scenes]))
-    labels = {
-        label: torch.tensor([names.index(getattr(scene, label)) for scene in scenes]) for label, names in LABELS.items()
-    }
+    scenes = [random_scene(rng) for _ in range(count)]
+    pictures = to_pixels(np.stack([draw(scene) for scene in scenes]))
+    told_apart = [labels_of(scene) for scene in scenes]
+    labels = {name: torch.tensor([names.index(each[name]) for each in told_apart]) for name, names in LABELS.items()}
     return pictures, labels
 
 

@@ -7,14 +7,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from est_lora.config import BETA_UNMEASURED, FusionConfig
-from est_lora.demo.model import LORAS
-from est_lora.demo.study.measure import BUDGET, Pair, Plan, Probe, Table, Values, has_both
-from est_lora.demo.world import SIZE
+from est_lora.demo.study.measure import BUDGET, Plan, Probe, Table, Values, has_both
+from est_lora.demo.styles import SIZE
 from est_lora.gate import FusionPlan
 from est_lora.hosts.diffusers import load_plan
 
@@ -135,7 +135,7 @@ class Findings:
         both = [place for place, name in enumerate(plan.prompts) if has_both(name)]
         native = [rows(probe).mean(1) for probe in plan.settings if probe.side == SIZE]
         longest = [rows(Probe(plan.prompts[0], column[-1], side)).mean(1) for side, column in plan.grid]
-        hands = [_Hands(pair) for pair in plan.pairs]
+        hands = [_Hands(*plan.files(pair)) for pair in plan.pairs]
         return cls(
             plan=plan,
             means=means,
@@ -169,8 +169,8 @@ class Findings:
 class _Hands:
     """One pair's plans, to be compared with one another."""
 
-    def __init__(self, pair: Pair) -> None:
-        self.plan = load_plan(FusionConfig(subject=str(LORAS[pair.subject]), style=str(LORAS[pair.style])))
+    def __init__(self, subject: Path, style: Path) -> None:
+        self.plan = load_plan(FusionConfig(subject=str(subject), style=str(style)))
 
     def between(self, one: float, other: float) -> float:
         """The share of gated layers x progress in which another file acts with the one `beta` than with the other."""

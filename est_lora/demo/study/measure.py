@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from est_lora.demo.model import BASE, GUIDANCE, LORAS
-from est_lora.demo.world import NEW_STYLES, SIZE, SUBJECTS
+from est_lora.demo.styles import NEW_STYLES, SIZE
+from est_lora.demo.things import SUBJECTS
 from est_lora.discrepancy import discrepancy
+from est_lora.errors import EstLoraError
 from est_lora.gate import STYLE, SUBJECT
 from est_lora.hosts.diffusers import fuse
 
@@ -33,10 +35,10 @@ PROMPTS = {
     "both, on sky": "drawing of a {subject} in {style}, on sky",
     "both, style first": "{style}, a {subject}, on cream",
     "both and a colour": "a blue {subject}, {style}, on white",
-    "the subject's words": "a {subject}, flat, on white",
+    "the subject's words": "a {subject}, plain, on white",
     "the style's words": "a red heart, {style}, on white",
-    "neither: a heart": "a red heart, flat, on white",
-    "neither: a creature": "a blue creature, outlined, on sky",
+    "neither: a heart": "a red heart, plain, on white",
+    "neither: a creature": "a blue creature, striped, inked, on sky",
 }
 """Prompts by which of the pair's trigger words they have. The first is the reference."""
 
@@ -79,27 +81,53 @@ class Probe(NamedTuple):
         return 2 * self.steps * (self.side / SIZE) ** 2
 
 
+def loras_in(folder: Path) -> dict[str, Path]:
+    """The files of a folder that teach a subject or a style of the demo's world, by the words that mean it.
+
+    Raises:
+        EstLoraError: they don't make two pairs.
+    """
+    named = {words: folder / f"{words.split()[0]}.safetensors" for words in (*SUBJECTS, *NEW_STYLES)}
+    there = {words: path for words, path in named.items() if path.is_file()}
+    subjects, styles = ([words for words in there if words in known] for known in (SUBJECTS, NEW_STYLES))
+    if len(subjects) * len(styles) < 2:
+        raise EstLoraError(
+            f"'{folder}' has LoRAs of {len(subjects)} subjects and {len(styles)} styles, and the study compares pairs:"
+            f" it takes two at least. Files are called {', '.join(path.name for path in named.values())}."
+        )
+    return there
+
+
 class Plan(NamedTuple):
     """What is measured.
 
     Attributes:
-        subjects, styles: the words; every subject is paired with every style.
+        loras: the files by the words that mean what they teach; every subject among them is paired with every style.
         seeds: of the probes.
         prompt_seeds: of the probes with another prompt than the first, the first so many of `seeds`.
         prompts: keys of `PROMPTS`.
         grid: steps by side; the last of the native side is the reference.
     """
 
-    subjects: tuple[str, ...] = tuple(SUBJECTS)
-    styles: tuple[str, ...] = NEW_STYLES
+    loras: Mapping[str, Path] = LORAS
     seeds: int = 12
     prompt_seeds: int = 6
     prompts: tuple[str, ...] = tuple(PROMPTS)
     grid: tuple[tuple[int, tuple[int, ...]], ...] = (
-        (16, (4, 7, 14, 20, 28)),
-        (24, (4, 7, 12, 20, 28)),
+        (SIZE // 2, (4, 7, 14, 20, 28)),
+        (SIZE // 4 * 3, (4, 7, 12, 20, 28)),
         (SIZE, (2, 3, 4, 5, 7, 10, 14, 20, 28)),
     )
+
+    @property
+    def subjects(self) -> list[str]:
+        """The words of the subjects."""
+        return [words for words in self.loras if words in SUBJECTS]
+
+    @property
+    def styles(self) -> list[str]:
+        """The words of the styles."""
+        return [words for words in self.loras if words in NEW_STYLES]
 
     @property
     def pairs(self) -> list[Pair]:
@@ -126,6 +154,10 @@ class Plan(NamedTuple):
         """All of them."""
         return [*self.settings, *self.rewordings]
 
+    def files(self, pair: Pair) -> tuple[Path, Path]:
+        """A pair's subject and style."""
+        return self.loras[pair.subject], self.loras[pair.style]
+
     def seeds_of(self, probe: Probe) -> int:
         """How many seeds a probe is measured with."""
         return self.seeds if probe.prompt == self.reference.prompt else self.prompt_seeds
@@ -136,36 +168,37 @@ Table = dict[tuple[Pair, Probe], Values]
 """`D` by pair and probe, one for each seed, in the order of the seeds."""
 
 
-def quick() -> Plan:
+def quick(loras: Mapping[str, Path] = LORAS) -> Plan:
     """A plan that is measured in seconds, and tells nothing."""
     return Plan(
-        subjects=tuple(SUBJECTS)[:2],
-        styles=NEW_STYLES[:2],
+        loras=loras,
         seeds=2,
         prompt_seeds=2,
         prompts=tuple(PROMPTS)[:2],
-        grid=((16, (1, 2)), (SIZE, (1, 3))),
+        grid=((SIZE // 2, (1, 2)), (SIZE, (1, 3))),
     )
 
 
 class Series(NamedTuple):
-    """Pictures that one of a pair draws alone, with the seeds 0, 1, ..."""
+    """Pictures that one of a pair draws alone, with the seeds 0, 1, ...
 
-    pair: Pair
+    Attributes:
+        subject, style: the pair's files.
+        role: which of them draws.
+    """
+
+    subject: Path
+    style: Path
     role: str
     prompt: str
     probe: Probe
     seeds: int
 
     @property
-    def words(self) -> str:
-        """Of the one that draws."""
-        return str(getattr(self.pair, self.role))
-
-    @property
     def key(self) -> str:
         """Says what is drawn. The other of the pair has no part in it, so other pairs have the same pictures."""
-        lora = hashlib.sha256(LORAS[self.words].read_bytes()).hexdigest()[:12]
+        file: Path = getattr(self, self.role)
+        lora = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
         return f"{lora} {self.prompt} {self.probe.steps} {self.probe.side} {self.seeds}"
 
 
@@ -194,7 +227,8 @@ class Bench:
         """`D` of every pair with every probe of the plan."""
         wanted = {
             (pair, probe): tuple(
-                Series(pair, role, pair.prompt(probe.prompt), probe, plan.seeds_of(probe)) for role in (SUBJECT, STYLE)
+                Series(*plan.files(pair), role, pair.prompt(probe.prompt), probe, plan.seeds_of(probe))
+                for role in (SUBJECT, STYLE)
             )
             for pair in plan.pairs
             for probe in plan.probes
@@ -210,8 +244,8 @@ class Bench:
         return {which: _each(*(self.known[series.key] for series in two)) for which, two in wanted.items()}
 
     def _draw(self, series: Series) -> list[Image]:
-        probe, subject, style = series.probe, *(LORAS[words] for words in series.pair)
-        with fuse(self.pipe, subject, style, method=series.role):
+        probe = series.probe
+        with fuse(self.pipe, series.subject, series.style, method=series.role):
             return list(
                 self.pipe(
                     [series.prompt] * series.seeds,

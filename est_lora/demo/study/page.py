@@ -6,9 +6,10 @@ from textwrap import fill
 
 import numpy as np
 
+from est_lora.demo.model import LORAS
 from est_lora.demo.study.figures import Findings
 from est_lora.demo.study.measure import BUDGET, PROMPTS, has_both
-from est_lora.demo.world import SIZE
+from est_lora.demo.styles import SIZE
 
 PAGE = "discrepancy.md"
 SPREAD, SETTINGS = "discrepancy-spread.png", "discrepancy-probe.png"
@@ -24,8 +25,8 @@ it is probed: on the embedded model ({side} x {side} pixels), {pairs} pairs ({su
 The reference is {reference_steps} steps at the native side with the prompt "subject's words, style's words".
 Everything below is written by one command:
 
-    python -m est_lora.demo.study -o docs
-
+    {command}
+{files}
 {extractor}
 
 ## In short
@@ -81,13 +82,19 @@ less of a pair than one number for all would.
 
 _STAND_IN = """\
 **The extractor is a stand-in, not DINO.** It is a vision transformer of a million parameters, trained for this study on
-the embedded model's own world to tell, from its CLS token, the object ({thing:.0%} right on unseen pictures), its colour
-({colour:.0%}), the drawing style ({style:.0%}) and the background ({background:.0%}); it never saw what the LoRAs teach.
+the embedded model's own world to tell, from its CLS token, the object ({thing:.0%} right on unseen pictures), the
+colour of its main part ({colour:.0%}), how it is filled ({fill:.0%}), outlined ({line:.0%}) and toned ({tone:.0%}), and
+the background ({background:.0%}); it never saw what the LoRAs teach.
 So the sizes of `D` below say nothing about `D` under DINO, neither its level nor its spread between real LoRAs. Nor do
 steps and sides carry over as they are: this model needs few steps, was trained at one side only, and puts one object
 into the middle. What should carry over is what needs no extractor: that the seed, a prompt without the trigger words, too
 few steps and too small a side change the pictures that are compared, how `D` turns into layers that change hands, and
 how the choice is made."""
+_COMMAND = "python -m est_lora.demo.study -o docs"
+_FILES = """
+`FOLDER` has a LoRA of each subject and style, made by `python -m est_lora.demo.train lora "{first}" -o
+FOLDER/{name}` and so on.
+"""
 _GIVEN = """\
 The extractor is one that was given, and not the stand-in that this study trains by itself."""
 
@@ -136,8 +143,12 @@ def write(found: Findings, told: dict[str, float]) -> str:
         told: what the stand-in tells right; empty where another extractor was given.
     """
     plan = found.plan
+    embedded = plan.loras == LORAS
+    first, path = next(iter(plan.loras.items()))
     return _PAGE.format(
         side=SIZE,
+        command=_COMMAND if embedded else f"{_COMMAND} --loras FOLDER",
+        files="" if embedded else _FILES.format(first=first, name=path.name),
         pairs=len(plan.pairs),
         subjects=len(plan.subjects),
         styles=len(plan.styles),

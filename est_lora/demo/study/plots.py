@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from est_lora.demo.study.measure import BUDGET, PROMPTS, Table, has_both
-from est_lora.demo.world import SIZE
+from est_lora.demo.styles import SIZE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
