@@ -50,7 +50,7 @@ def distance(picture: NDArray[np.uint8], subject: str, style: str, background: s
         Of a channel, 0 to 1; 0 is the true picture itself.
     """
     templates, masks = _templates(subject, style, background)
-    pixels = torch.from_numpy(picture).flatten().to(torch.float32) / 255
+    pixels = torch.tensor(picture, dtype=torch.float32).flatten() / 255
     best = np.inf
     for stack, shown in zip(templates.split(256), masks.split(256)):
         squares = (stack.float() - pixels).square_().view(-1, SIZE, SIZE, 3).sum(3)

@@ -29,7 +29,7 @@ def scene(subject, style, pose=None, background="white"):
     return dataclasses.replace(made, pose=pose or Pose(), background=background)
 
 
-@pytest.mark.parametrize(("radius", "x", "mirrored"), product((18.0, 20.0), (-1.0, 1.0), (False, True)))
+@pytest.mark.parametrize(("radius", "x", "mirrored"), [*product((18.0, 20.0), (-1.0, 1.0), (False, True))])
 def test_the_true_picture_is_at_no_distance_wherever_it_stands(radius, x, mirrored):
     picture = draw(scene("teki house", "quen style", Pose(radius, x, 0.0, 0.0, mirrored)))
     assert distance(picture, "teki house", "quen style", "white") == pytest.approx(0, abs=2e-3)
