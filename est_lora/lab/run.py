@@ -39,7 +39,7 @@ from est_lora.lab.examples import corrupted
 from est_lora.lab.judge import QUESTIONS, Judge
 from est_lora.lab.methods import plan_of
 from est_lora.lab.protocol import Cell, Pair, Protocol
-from est_lora.lab.registration import distance
+from est_lora.lab.registration import distances
 from est_lora.stored import write_whole
 
 RECORDS, PICTURES, PROTOCOL = "records.jsonl", "pictures", "protocol.json"
@@ -119,7 +119,7 @@ class Lab:
     # ---- the gates
 
     def _test_single(self, pipe: Any, judge: Judge) -> None:
-        protocol, seeds = self.protocol, self._seeds(self.protocol.single_pictures)
+        protocol, seeds = self.protocol, range(self.protocol.single_pictures)
         todo = [
             (words, training, guidance)
             for words in (*protocol.subjects, *protocol.styles)
@@ -131,7 +131,7 @@ class Lab:
             is_subject = words in protocol.subjects
             method = "subject" if is_subject else "style"
             path = str(self.lora(words, training))
-            plan = load_plan(FusionConfig(subject=path, style=path, method=method, subject_weight=1.0), pipe)
+            plan = load_plan(FusionConfig(subject=path, style=path, method=method), pipe)
             prompts = [
                 prompt_of(f"{words}, plain" if is_subject else f"{_object(seed)}, {words}", seed) for seed in seeds
             ]
@@ -142,7 +142,7 @@ class Lab:
             self.records.add("single", words, training, guidance, right=float(np.mean(right)))
 
     def _test_ceiling(self, pipe: Any, judge: Judge) -> None:
-        protocol, seeds = self.protocol, self._seeds(self.protocol.sampling_seeds)
+        protocol, seeds = self.protocol, range(self.protocol.sampling_seeds)
         for subject, style in tqdm(self._kinds(), desc="ceiling", unit="pair"):
             both = f"{subject}, {style}"
             if ("drawn by code", both) not in self.records:
@@ -161,7 +161,7 @@ class Lab:
 
     def _compare(self, pipe: Any, judge: Judge) -> None:
         todo = [cell for cell in self.protocol.cells if _key(cell) not in self.records]
-        seeds = self._seeds(self.protocol.sampling_seeds)
+        seeds = range(self.protocol.sampling_seeds)
         for cell in tqdm(todo, desc="comparison", unit="cell"):
             pair = cell.pair
             plan = plan_of(
@@ -194,9 +194,6 @@ class Lab:
 
     # ---- what they share
 
-    def _seeds(self, count: int) -> list[int]:
-        return list(range(count))
-
     def _true(self, subject: str, style: Style | str, seed: int, pose: Pose) -> np.ndarray:
         scene = random_scene(np.random.default_rng(_UNSEEN + seed), subject, style)
         return draw_true(Scene(subject, scene.colours, scene.parts, style, background_of(seed), pose))
@@ -209,8 +206,9 @@ class Lab:
         subject: str,
         style: str,
     ) -> None:
+        """Keeps what is said of pictures that are to show both."""
         verdicts = judge.verdicts(pictures, subject, style)
-        far = [distance(picture, subject, style, background_of(seed)) for seed, picture in enumerate(pictures)]
+        far = distances(pictures, subject, style)
         self._keep(pictures, *key)
         self.records.add(
             *key,
