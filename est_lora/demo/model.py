@@ -25,7 +25,7 @@ from est_lora.demo.world import FILLERS, PART_WORDS, RARE_WORDS, STYLE, SUBJECT
 
 WEIGHTS = Path(__file__).parent / "weights"
 BASE = WEIGHTS / "base"
-LORAS = {words: WEIGHTS / f"{words.split()[0]}.safetensors" for words in (*list(SUBJECTS)[:2], *NEW_STYLES[:2])}
+LORAS = {words: WEIGHTS / f"{words.split()[0]}.safetensors" for words in (*list(SUBJECTS)[:2], *list(NEW_STYLES)[:2])}
 """The embedded LoRAs, by the words that mean what they teach."""
 SUBJECT_LORA = LORAS[SUBJECT]
 STYLE_LORA = LORAS[STYLE]

@@ -37,11 +37,7 @@ BACKGROUNDS: dict[str, Colour] = {
 }
 WHITE: Colour = (255, 255, 255)
 INK: Colour = (35, 28, 45)
-NIGHT: Colour = (28, 34, 66)
 BROWN: Colour = (120, 75, 40)
-
-NEW_STYLES = ("vitra style", "quen style", "osk style", "lorf style")
-"""Stained glass, ink hatching, neon, and a white lattice: none of them is in the base's world. The demo's own is the first."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +83,15 @@ _PATTERNS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "barred": lambda x, y: x % 4 < 2,
     "dotted": lambda x, y: np.hypot(x % 4 - 2, y % 4 - 2) < 1.35,
     "checked": lambda x, y: (x % 8 < 4) == (y % 8 < 4),
-    "leaded": lambda x, y: (x % 8 >= 6) | (y % 8 >= 6),
-    "hatched": lambda x, y: (x + y) % 8 < 2.6,
-    "latticed": lambda x, y: ((x + y) % 8 < 2) | ((x - y) % 8 < 2),
 }
+NEW_STYLES: dict[str, Style] = {
+    "vitra style": Style("checked", "inked", "full"),
+    "quen style": Style("hollow", "unlined", "full"),
+    "osk style": Style("striped", "inked", "pastel"),
+    "lorf style": Style("dotted", "unlined", "dim"),
+}
+"""What LoRAs teach. As a subject is a combination of known parts, each is a combination of what the base knows by words,
+under a word that means nothing to it."""
 FILLS = ("plain", "striped", "barred", "dotted", "checked", "hollow")
 LINES = ("unlined", "inked", "rimmed")
 
@@ -120,17 +121,10 @@ def inks_of(style: Style | str, colour: Colour, paper: Colour) -> Inks:
     Raises:
         ValueError: the world has no such style.
     """
-    match style:
-        case "vitra style":
-            return Inks(mix(colour, WHITE, 0.1), "leaded", INK, INK, 2.0)
-        case "quen style":
-            return Inks(mix(colour, WHITE, 0.55), "hatched", INK, INK, 1.3)
-        case "osk style":
-            return Inks(NIGHT, line=mix(colour, WHITE, 0.15), width=3.0)
-        case "lorf style":
-            return Inks(colour, "latticed", mix(WHITE, colour, 0.1), mix(colour, INK, 0.5), 1.5)
     if not isinstance(style, Style):
-        raise ValueError(f"the demo's world has no style {style!r}; it has {', '.join(NEW_STYLES)}")  # noqa: TRY004
+        if style not in NEW_STYLES:
+            raise ValueError(f"the demo's world has no style {style!r}; it has {', '.join(NEW_STYLES)}")
+        style = NEW_STYLES[style]
     own = TONES[style.tone](colour)
     line = {"unlined": None, "inked": INK, "rimmed": mix(own, INK, 0.5)}[style.line]
     if style.fill == "hollow":

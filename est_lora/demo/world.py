@@ -29,7 +29,7 @@ from est_lora.demo.styles import (
 from est_lora.demo.things import AT_SIDES, BELOW, IN_FRONT, ON_TOP, PALETTES, SHARES, SUBJECTS, THINGS, Paint, Part
 
 SUBJECT = "mipo creature"
-STYLE = NEW_STYLES[0]
+STYLE = next(iter(NEW_STYLES))
 """The words that mean what the demo's own two LoRAs teach."""
 
 RARE_WORDS = ("mipo", "vitra", "zubo", "quen", "lorf", "teki", "wuzz", "haro", "pim", "osk", "nuvi", "drell")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.random import Generator
 
-from est_lora.demo.styles import BACKGROUNDS, COLOURS, INK, NEW_STYLES, WHITE, Inks, Style, inks_of, random_style
+from est_lora.demo.styles import BACKGROUNDS, COLOURS, FILLS, LINES, NEW_STYLES, TONES, Style, inks_of, random_style
 from est_lora.demo.things import (
     AT_SIDES,
     BELOW,
@@ -54,7 +54,7 @@ class Example:
 def any_style(rng: Generator) -> Style | str:
     """Old and new ones alike, but none that leaves nothing of a colour."""
     if rng.random() < 0.5:
-        return str(rng.choice(NEW_STYLES))
+        return str(rng.choice(list(NEW_STYLES)))
     style = random_style(rng)
     return any_style(rng) if (style.fill, style.line) == ("hollow", "inked") else style
 
@@ -203,7 +203,7 @@ def _styled(style: str, rng: Generator) -> np.ndarray:
 def _half_styled(style: str, rng: Generator) -> np.ndarray:
     """Its largest part in the style and the others not, or the other way round."""
     scene, largest = _divided(style, rng)
-    other, largest_has_it, paper = random_style(rng), rng.random() < 0.5, BACKGROUNDS[scene.background]
+    other, largest_has_it, paper = _other_style(rng), rng.random() < 0.5, BACKGROUNDS[scene.background]
     styles = [style if (part is largest) == largest_has_it else other for part in scene.parts]
     return paint(scene, [inks_of(each, part.colour, paper) for part, each in zip(scene.parts, styles)])
 
@@ -223,28 +223,23 @@ def _extent(part: Part) -> float:
     return float(sum(np.prod(np.ptp(points, axis=0)) for points in part.polygons))
 
 
-def _nearly(style: str, inks: Inks, paper: tuple[int, int, int], which: int) -> Inks:
-    """The style without what makes it: its pattern, its pattern's colour, or its ground."""
-    if style == "osk style":
-        near = [replace(inks, ground=paper), replace(inks, line=None), replace(inks, ground=inks.line or INK, line=INK)]
-    else:
-        figure = INK if inks.figure != INK else WHITE
-        near = [
-            replace(inks, pattern=None),
-            replace(inks, figure=figure),
-            replace(inks, pattern="checked" if style != "lorf style" else "barred"),
-        ]
-    return near[which % len(near)]
-
-
 def _near_miss(style: str, rng: Generator) -> np.ndarray:
-    scene, which = _anything(rng, style), int(rng.integers(3))
-    paper = BACKGROUNDS[scene.background]
-    return paint(scene, [_nearly(style, inks_of(style, part.colour, paper), paper, which) for part in scene.parts])
+    """In what has one thing else than the style: its fill, its line or its tone."""
+    what = str(rng.choice(["fill", "line", "tone"]))
+    own = NEW_STYLES[style]
+    others = {"fill": FILLS, "line": LINES, "tone": tuple(TONES)}[what]
+    other = replace(own, **{what: str(rng.choice([name for name in others if name != getattr(own, what)]))})
+    return draw(_anything(rng, other))
 
 
 def _old_style(style: str, rng: Generator) -> np.ndarray:
-    return draw(_anything(rng, random_style(rng)))
+    return draw(_anything(rng, _other_style(rng)))
+
+
+def _other_style(rng: Generator) -> Style:
+    """One of the world's that isn't what a LoRA teaches."""
+    style = random_style(rng)
+    return _other_style(rng) if style in NEW_STYLES.values() else style
 
 
 STYLE_KINDS: dict[str, tuple[float, Callable[[str, Generator], np.ndarray]]] = {
@@ -259,6 +254,6 @@ STYLE_KINDS: dict[str, tuple[float, Callable[[str, Generator], np.ndarray]]] = {
 def style_example(rng: Generator, kind: str | None = None) -> Example:
     """An example for the judge of styles; `kind` is a key of `STYLE_KINDS`."""
     kind = kind or str(rng.choice(list(STYLE_KINDS), p=[share for share, _ in STYLE_KINDS.values()]))
-    style = str(rng.choice(NEW_STYLES))
+    style = str(rng.choice(list(NEW_STYLES)))
     picture = corrupted(STYLE_KINDS[kind][1](style, rng), rng)
     return Example(picture, style if kind == "the style" else NOTHING, kind, _unknown())
