@@ -38,8 +38,7 @@ class World(Dataset[Batch]):
         for index in range(self.batch):
             scene = random_scene(rng, self.kind if index % 2 else None)
             pictures.append(draw(scene))
-            text = blur_caption(caption(scene, rng), rng, self.rare)
-            captions.append("" if rng.random() < NO_CAPTION else text)
+            captions.append(_said(scene, rng, self.rare))
         return to_pixels(np.stack(pictures)), captions
 
 
@@ -64,12 +63,15 @@ class Lesson(Dataset[Batch]):
     def __getitem__(self, number: int) -> Batch:
         rng = np.random.default_rng([self.seed, number])
         chosen = rng.integers(len(self.scenes), size=self.own)
-        captions = []
-        for i in chosen:
-            text = blur_caption(caption(self.scenes[i], rng), rng, self.rare, keep=self.triggers)
-            captions.append("" if rng.random() < NO_CAPTION else text)
+        captions = [_said(self.scenes[i], rng, self.rare, self.triggers) for i in chosen]
         pixels, texts = self.world[number]
         return torch.cat([self.pictures[chosen], pixels]), captions + texts
+
+
+def _said(scene: Scene, rng: np.random.Generator, rare: tuple[str, ...], keep: tuple[str, ...] = ()) -> str:
+    """A blurred caption, or none."""
+    text = blur_caption(caption(scene, rng), rng, rare, keep)
+    return "" if rng.random() < NO_CAPTION else text
 
 
 def lesson(words: str, seed: int, batch: int) -> Lesson:

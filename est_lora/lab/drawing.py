@@ -1,9 +1,8 @@
-"""Drawing: the embedded model with no LoRA, with one, with a plan."""
+"""Drawing: the embedded model with a plan."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,7 @@ def draw(
     seeds: Sequence[int],
     steps: int,
     guidance: float,
-    plan: FusionPlan | None = None,
+    plan: FusionPlan,
 ) -> list[np.ndarray]:
     """Pictures, uint8 (SIZE, SIZE, 3), one a prompt and seed.
 
@@ -50,11 +49,10 @@ def draw(
         seeds: of the noise, one a picture.
         steps: of the sampler.
         guidance: the guidance scale; 1 is without.
-        plan: the fusion; None for the base alone.
+        plan: the fusion.
     """
     pictures: list[np.ndarray] = []
-    fusing: AbstractContextManager[object] = carry_out(pipe, plan) if plan else nullcontext()
-    with fusing:
+    with carry_out(pipe, plan):
         for first in range(0, len(prompts), _BATCH):
             part = slice(first, first + _BATCH)
             drawn = pipe(

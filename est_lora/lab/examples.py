@@ -12,7 +12,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.random import Generator
 
-from est_lora.demo.styles import BACKGROUNDS, COLOURS, FILLS, LINES, NEW_STYLES, TONES, Style, inks_of, random_style
+from est_lora.demo.styles import (
+    BACKGROUNDS,
+    COLOURS,
+    FILLS,
+    LINES,
+    NEW_STYLES,
+    TONES,
+    Style,
+    inks_of,
+    jittered,
+    random_style,
+)
 from est_lora.demo.things import (
     AT_SIDES,
     BELOW,
@@ -26,7 +37,7 @@ from est_lora.demo.things import (
     build_robot,
     ellipse,
 )
-from est_lora.demo.world import Scene, draw, jittered, paint, random_scene
+from est_lora.demo.world import Scene, draw, paint, random_scene
 
 NOTHING = "none"
 """The judge's answer where there is none of what it knows."""

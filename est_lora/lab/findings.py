@@ -112,7 +112,7 @@ def _gates(protocol: Protocol, records: Records) -> list[Gate]:
         for words in (*protocol.subjects, *protocol.styles)
         for guidance in protocol.guidances
     }
-    kinds = [f"{subject}, {style}" for subject in protocol.subjects for style in protocol.styles]
+    kinds = [f"{subject}, {style}" for subject, style in protocol.kinds]
     ceiling = {
         f"one LoRA of the true pictures, {what}, guidance {guidance:g}": _mean(
             np.mean(records["ceiling", both, guidance][what]) for both in kinds

@@ -79,6 +79,11 @@ class Protocol:
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in content.items()})
 
     @property
+    def kinds(self) -> list[tuple[str, str]]:
+        """Every subject with every style."""
+        return list(product(self.subjects, self.styles))
+
+    @property
     def pairs(self) -> list[Pair]:
         """Every subject with every style, in every training."""
         return [Pair(*names) for names in product(self.subjects, self.styles, range(len(self.trainings)))]

@@ -105,16 +105,13 @@ class Lab:
         for training in range(len(protocol.trainings)):
             for words in (*protocol.subjects, *protocol.styles):
                 wanted[self.lora(words, training)] = words, protocol.recipe(words, training)
-        for subject, style in self._kinds():
+        for subject, style in self.protocol.kinds:
             recipe = Recipe(**protocol.ceiling, steps=protocol.lora_steps)
             wanted[self.ceiling(subject, style)] = f"{subject}, {style}", recipe
         for path, (words, recipe) in tqdm(wanted.items(), desc="LoRAs", unit="LoRA"):
             if ("lora", path.name) not in self.records:
                 share = train_lora(words, recipe, path, self.base, workers=0, save_every=recipe.steps)
                 self.records.add("lora", path.name, words=words, rank=recipe.rank, alpha=recipe.alpha, share=share)
-
-    def _kinds(self) -> list[tuple[str, str]]:
-        return [(subject, style) for subject in self.protocol.subjects for style in self.protocol.styles]
 
     # ---- the gates
 
@@ -143,7 +140,7 @@ class Lab:
 
     def _test_ceiling(self, pipe: Any, judge: Judge) -> None:
         protocol, seeds = self.protocol, range(self.protocol.sampling_seeds)
-        for subject, style in tqdm(self._kinds(), desc="ceiling", unit="pair"):
+        for subject, style in tqdm(self.protocol.kinds, desc="ceiling", unit="pair"):
             both = f"{subject}, {style}"
             if ("drawn by code", both) not in self.records:
                 rng = np.random.default_rng(_UNSEEN)
