@@ -128,7 +128,7 @@ def inks_of(style: Style | str, colour: Colour, paper: Colour) -> Inks:
     own = TONES[style.tone](colour)
     line = {"unlined": None, "inked": INK, "rimmed": mix(own, INK, 0.5)}[style.line]
     if style.fill == "hollow":
-        return Inks(paper, line=line or own, width=2.0)
+        return Inks(paper, line=line or own, width=2.5)
     if style.fill == "plain":
         return Inks(own, line=line)
     return Inks(mix(own, WHITE, 0.7), style.fill, own, line)

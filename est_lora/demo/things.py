@@ -115,20 +115,20 @@ _BOTTOM = {"round": 0.8, "square": 0.78, "tall": 0.88, "pear": 0.88}
 
 
 def _antennae(top: float) -> tuple[Points, ...]:
-    stalks = sides(lambda s: bar(s * 0.25, top + 0.15, s * 0.5, top - 0.5, 0.13))
-    return stalks + sides(lambda s: ellipse(s * 0.52, top - 0.55, 0.19))
+    stalks = sides(lambda s: bar(s * 0.25, top + 0.15, s * 0.5, top - 0.5, 0.17))
+    return stalks + sides(lambda s: ellipse(s * 0.52, top - 0.5, 0.22))
 
 
 ON_TOP: dict[str, Callable[[float], tuple[Points, ...]]] = {
     "ears": lambda top: sides(lambda s: polygon((s * 0.12, top + 0.1), (s * 0.6, top - 0.55), (s * 0.72, top + 0.35))),
     "knobs": lambda top: sides(lambda s: ellipse(s * 0.5, top + 0.05, 0.28)),
     "antennae": _antennae,
-    "horn": lambda top: (polygon((-0.24, top + 0.15), (0, top - 0.65), (0.24, top + 0.15)),),
+    "horn": lambda top: (polygon((-0.32, top + 0.15), (0, top - 0.65), (0.32, top + 0.15)),),
     "tuft": lambda top: tuple(bar(x, top + 0.2, 1.9 * x, top - 0.45, 0.17) for x in (-0.24, 0.0, 0.24)),
 }
 BELOW: dict[str, Callable[[float], tuple[Points, ...]]] = {
     "feet": lambda low: sides(lambda s: ellipse(s * 0.38, low + 0.12, 0.32, 0.2)),
-    "legs": lambda low: sides(lambda s: box(s * 0.36 - 0.14, low - 0.2, s * 0.36 + 0.14, low + 0.42)),
+    "legs": lambda low: sides(lambda s: box(s * 0.36 - 0.18, low - 0.2, s * 0.36 + 0.18, low + 0.42)),
 }
 AT_SIDES: dict[str, tuple[Points, ...]] = {
     "arms": sides(lambda s: bar(s * 0.5, 0.25, s * 1.12, -0.12, 0.2)),
@@ -137,7 +137,7 @@ AT_SIDES: dict[str, tuple[Points, ...]] = {
 }
 IN_FRONT: dict[str, tuple[Points, ...]] = {
     "belly": (ellipse(0, 0.52, 0.42, 0.28),),
-    "mouth": (box(-0.36, 0.4, 0.36, 0.56),),
+    "mouth": (box(-0.4, 0.38, 0.4, 0.6),),
     "spots": (ellipse(-0.34, 0.5, 0.15), ellipse(0.3, 0.58, 0.15), ellipse(0.0, 0.36, 0.12)),
 }
 EYES = {1: ((0.0, -0.08, 0.34),), 2: ((-0.29, -0.08, 0.24), (0.29, -0.08, 0.24))}
@@ -203,7 +203,7 @@ def build_robot(paint: Paint, head: str, wheels: bool, aerial: bool, screen: boo
     """A robot; `head` is square or round."""
     parts = []
     if aerial:
-        parts.append(Part("aerial", (bar(0, -0.9, 0, -1.2, 0.12), ellipse(0, -1.2, 0.15)), paint("aerial")))
+        parts.append(Part("aerial", (bar(0, -0.85, 0, -1.1, 0.16), ellipse(0, -1.1, 0.17)), paint("aerial")))
     parts.append(Part("arms", sides(lambda s: bar(s * 0.5, 0.1, s * 1.05, 0.45, 0.2)), paint("arms")))
     if wheels:
         parts.append(Part("wheels", sides(lambda s: ellipse(s * 0.36, 0.95, 0.26)), paint("wheels")))
@@ -374,13 +374,13 @@ SHARES = {name: {"creature": 8.0, "house": 3.0, "robot": 3.0}.get(name, 1.0) for
 
 PALETTES = {
     "mipo creature": {"body": "teal", "antennae": "orange", "feet": "pink", "belly": "yellow"},
-    "zubo creature": {"body": "orange", "horn": "green", "legs": "blue", "mouth": "red"},
-    "teki house": {"wall": "pink", "roof": "purple", "door": "red", "window": "yellow", "chimney": "teal"},
+    "zubo creature": {"body": "orange", "horn": "green", "legs": "blue", "mouth": "purple"},
+    "teki house": {"wall": "pink", "roof": "purple", "door": "blue", "window": "yellow", "chimney": "teal"},
     "pim robot": {
         "body": "purple",
         "head": "yellow",
         "arms": "green",
-        "wheels": "blue",
+        "wheels": "orange",
         "aerial": "red",
         "screen": "pink",
     },

@@ -51,7 +51,7 @@ class Pose:
         mirrored: left for right.
     """
 
-    radius: float = 20.0
+    radius: float = 24.0
     x: float = 0.0
     y: float = 0.0
     tilt: float = 0.0
@@ -69,8 +69,8 @@ class Pose:
     @classmethod
     def random(cls, rng: Generator) -> Pose:
         """Any pose of the world."""
-        x, y = rng.uniform(-3.0, 3.0, 2)
-        return cls(rng.uniform(17.0, 22.0), x, y, rng.uniform(-0.15, 0.15), bool(rng.random() < 0.5))
+        x, y = rng.uniform(-2.0, 2.0, 2)
+        return cls(rng.uniform(22.0, 25.0), x, y, rng.uniform(-0.1, 0.1), bool(rng.random() < 0.5))
 
 
 @dataclass(frozen=True)
