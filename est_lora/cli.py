@@ -83,6 +83,10 @@ def _parser() -> argparse.ArgumentParser:
     lab_run = parts.add_parser("run", help="make all of it, or go on with it", allow_abbrev=False)
     lab_run.add_argument("-o", "--output", default=_LAB, metavar="DIR", help=f"where it is kept (default {_LAB})")
     lab_run.add_argument("--quick", action="store_true", help="a smaller one, of a quarter of an hour, that tells less")
+    jobs = str(os.cpu_count() or 1)
+    lab_run.add_argument(
+        "--jobs", default=jobs, metavar="N", help=f"how many processes, about 1 GB each (default {jobs})"
+    )
     lab_run.set_defaults(run=_lab_run)
     lab_report = parts.add_parser("report", help="write what was found", allow_abbrev=False)
     lab_report.add_argument("folder", nargs="?", default=_LAB, metavar="DIR", help=f"of the run (default {_LAB})")
@@ -217,12 +221,13 @@ def _lab_run(args: argparse.Namespace) -> None:
     folder = _output(args)
     try:
         from est_lora.lab import report
+        from est_lora.lab.folder import open_lab
         from est_lora.lab.protocol import FULL, QUICK
-        from est_lora.lab.run import open_lab
+        from est_lora.lab.run import run
     except ImportError as error:
         raise EstLoraError("The lab " + _NEEDS_LAB.format(error.name)) from error
     lab = open_lab(folder, QUICK if args.quick else FULL)
-    lab.run()
+    run(lab, _whole(args, "jobs", 1, 1024))
     for path in report.write(lab, folder / "report"):
         print(path)
 
@@ -230,7 +235,7 @@ def _lab_run(args: argparse.Namespace) -> None:
 def _lab_report(args: argparse.Namespace) -> None:
     try:
         from est_lora.lab import report
-        from est_lora.lab.run import reopen_lab
+        from est_lora.lab.folder import reopen_lab
     except ImportError as error:
         raise EstLoraError("The lab " + _NEEDS_LAB.format(error.name)) from error
     for path in report.write(reopen_lab(Path(args.folder)), _output(args)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 
 from est_lora.demo.model import load_pipeline
 from est_lora.demo.styles import BACKGROUNDS
+from est_lora.demo.world import Pose, random_scene
+from est_lora.demo.world import draw as draw_scene
 from est_lora.gate import FusionPlan
 from est_lora.hosts.diffusers import carry_out
 
@@ -31,6 +34,12 @@ def background_of(seed: int) -> str:
 def prompt_of(words: str, seed: int) -> str:
     """What is asked for: `a mipo creature, vitra style, on cream`."""
     return f"a {words}, on {background_of(seed)}"
+
+
+def true_picture(subject: str, style: str, seed: int, pose: Pose | None = None) -> np.ndarray:
+    """What a picture of a sampling seed is to show, drawn by code."""
+    scene = random_scene(np.random.default_rng(seed), subject, style)
+    return draw_scene(replace(scene, background=background_of(seed), pose=pose or Pose()))
 
 
 def draw(

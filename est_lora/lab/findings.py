@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from est_lora.lab.folder import Lab, Records
 from est_lora.lab.protocol import Protocol
-from est_lora.lab.run import Lab, Records
 
 _RESAMPLES = 1000
 _PLAIN_SUM = "sum 1/1"
@@ -126,7 +126,7 @@ def _gates(protocol: Protocol, records: Records) -> list[Gate]:
     }
     judged = {
         f"{name}: {kind}": right
-        for name in ("subject", "style", "parts")
+        for name in ("subject", "style")
         for kind, right in records["judge", name]["right"].items()
     }
     return [

@@ -99,17 +99,14 @@ class _Examples(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
 
 class Judge:
-    """Both classifiers."""
+    """Asks both classifiers, or tests one.
+
+    Args:
+        classifiers: by the names of their questions.
+    """
 
     def __init__(self, classifiers: dict[str, Classifier]) -> None:
         self.classifiers = {name: classifier.eval() for name, classifier in classifiers.items()}
-
-    @classmethod
-    def trained(cls, folder: Path, steps: int, seed: int = 0, workers: int = 1) -> Judge:
-        """The judge in `folder`, which is trained first where it isn't there."""
-        return cls(
-            {name: _trained(name, folder / f"judge-{name}.safetensors", steps, seed, workers) for name in QUESTIONS}
-        )
 
     @torch.inference_mode()
     def verdicts(self, pictures: Sequence[np.ndarray], subject: str, style: str) -> list[Verdict]:
@@ -136,10 +133,11 @@ class Judge:
             said = torch.cat([self.classifiers[name](part)[0].argmax(1) for part in pixels.split(BATCH)]).tolist()
             right = [question.answers[one] == example.answer for one, example in zip(said, examples)]
             shares[kind] = float(np.mean(right))
+        if name == "subject":
+            shares["all part checks"] = self._parts_right(count, seed)
         return shares
 
-    @torch.inference_mode()
-    def parts_right(self, count: int, seed: int) -> float:
+    def _parts_right(self, count: int, seed: int) -> float:
         """How often a part check is right on subjects with all their parts and on those whose parts are spoilt."""
         rng, hits = np.random.default_rng([seed, 2]), []
         for kind in [kind for kind in SUBJECT_KINDS if kind != "anything of the world"]:
@@ -151,8 +149,9 @@ class Judge:
         return float(np.concatenate(hits).mean())
 
 
-def _trained(name: str, path: Path, steps: int, seed: int, workers: int) -> Classifier:
-    question = QUESTIONS[name]
+def trained(name: str, folder: Path, steps: int, seed: int = 0) -> Classifier:
+    """The classifier of a question in a folder, which is trained first where it isn't there."""
+    question, path = QUESTIONS[name], folder / f"judge-{name}.safetensors"
     torch.manual_seed(seed)
     classifier = Classifier(len(question.answers))
     told = {"steps": steps, "seed": seed}
@@ -160,7 +159,7 @@ def _trained(name: str, path: Path, steps: int, seed: int, workers: int) -> Clas
         classifier.load_state_dict(load_file(path))
         return classifier
     optimiser = torch.optim.AdamW(classifier.parameters(), lr=0.0, weight_decay=0.01)
-    batches = DataLoader(_Examples(question, seed), batch_size=None, sampler=range(steps), num_workers=workers)
+    batches = DataLoader(_Examples(question, seed), batch_size=None, sampler=range(steps))
     with tqdm(batches, total=steps, desc=f"judge of {name}s", unit="step") as progress:
         for step, (pixels, answers, parts) in enumerate(progress):
             for group in optimiser.param_groups:

@@ -32,9 +32,7 @@ LAYERS_BY: dict[str, Callable[[Generator], Segments]] = {"half time": _at_half_t
 """Who acts in a gated layer, where the gate doesn't say."""
 
 
-def plan_of(
-    method: dict[str, Any], subject: Path, style: Path, pipe: Any, discrepancy: Callable[[], float], seed: int
-) -> FusionPlan:
+def plan_of(method: dict[str, Any], subject: Path, style: Path, pipe: Any, discrepancy: float, seed: int) -> FusionPlan:
     """The plan of a method.
 
     Args:
@@ -42,13 +40,13 @@ def plan_of(
         subject: the subject's LoRA.
         style: the style's LoRA.
         pipe: the pipeline that is to draw.
-        discrepancy: measures the pair's `D`; called where the method takes it.
+        discrepancy: the pair's `D`, for methods that take it.
         seed: of what is left to chance.
     """
     knobs = dict(method)
     layers_by = knobs.pop("layers_by", None)
     if knobs.get("beta") == MEASURED:
-        knobs["beta"] = discrepancy()
+        knobs["beta"] = discrepancy
     plan = load_plan(FusionConfig.of({"subject": subject, "style": style, **knobs}), pipe)
     if layers_by is None:
         return plan

@@ -9,13 +9,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from est_lora.demo.styles import SIZE
-from est_lora.demo.world import Pose, Scene, random_scene
-from est_lora.demo.world import draw as draw_true
-from est_lora.lab.drawing import background_of
+from est_lora.lab.drawing import true_picture
 
 if TYPE_CHECKING:
     from est_lora.lab.findings import Interval, Score
-    from est_lora.lab.run import Lab
+    from est_lora.lab.folder import Lab
 
 _GREY = "#8a8f98"
 # Told apart by every kind of colour vision: what adds, what chooses without a gate, K-LoRA, EST.
@@ -97,12 +95,6 @@ def grid(lab: Lab, guidance: float, methods: list[str], seed: int = 0) -> Figure
             if axes is line[0]:
                 axes.set_ylabel(both.replace(", ", ",\n"), fontsize=7)
     return figure
-
-
-def true_picture(subject: str, style: str, seed: int) -> np.ndarray:
-    """What a picture of a sampling seed is to show, drawn by code."""
-    scene = random_scene(np.random.default_rng(0), subject, style)
-    return draw_true(Scene(subject, scene.colours, scene.parts, style, background_of(seed), Pose()))
 
 
 def _from_strip(path: Any, seed: int) -> np.ndarray:

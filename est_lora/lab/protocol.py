@@ -42,9 +42,8 @@ class Protocol:
 
     Attributes:
         subjects, styles: the words that mean what is taught.
-        trainings: of each training seed the recipe's `rank` and `alpha` for subjects and for styles.
-        lora_steps: of every LoRA's training.
-        ceiling: `rank` and `alpha` of the LoRAs that are taught the true fused pictures.
+        trainings: of each training seed the `Recipe` for subjects and for styles.
+        ceiling: the `Recipe` of the LoRAs that are taught the true fused pictures.
         extractor_steps: of the stand-in that measures the style discrepancy.
         judge_steps: of each classifier's training.
         judge_pictures: that a classifier is tested with, of each kind.
@@ -60,7 +59,6 @@ class Protocol:
     subjects: tuple[str, ...]
     styles: tuple[str, ...]
     trainings: tuple[dict[str, dict[str, Any]], ...]
-    lora_steps: int
     ceiling: dict[str, Any]
     extractor_steps: int
     judge_steps: int
@@ -96,4 +94,4 @@ class Protocol:
     def recipe(self, words: str, training: int) -> Recipe:
         """How the LoRA of a subject or a style is trained."""
         kind = "subject" if words in self.subjects else "style"
-        return Recipe(**self.trainings[training][kind], steps=self.lora_steps, seed=training)
+        return Recipe(**self.trainings[training][kind], seed=training)

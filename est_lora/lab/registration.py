@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
@@ -11,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from est_lora.demo.world import Pose, Scene, draw, random_scene
+from est_lora.demo.world import Pose, draw, random_scene
 
-RADII = np.arange(17.0, 22.5, 1.0)
-TILTS = np.array([-0.1, 0.0, 0.1])
-SHIFTS = np.arange(-3.0, 3.5, 1.0)
+RADII = np.arange(22.0, 25.5, 1.0)
+TILTS = np.array([-0.07, 0.0, 0.07])
+SHIFTS = np.arange(-2.0, 2.5, 1.0)
 _PAPERS = "white", "sky"
 _DIFFERS = 12  # of 255: a pixel that differs by more on another background shows the background
 
@@ -40,10 +41,7 @@ def _templates(subject: str, style: str) -> _Templates:
     shown, colours = [], []
     for radius, tilt, mirrored, x, y in product(RADII, TILTS, (False, True), SHIFTS, SHIFTS):
         pose = Pose(float(radius), float(x), float(y), float(tilt), mirrored)
-        one, other = (
-            draw(Scene(scene.thing, scene.colours, scene.parts, style, paper, pose)).astype(np.int16)
-            for paper in _PAPERS
-        )
+        one, other = (draw(replace(scene, background=paper, pose=pose)).astype(np.int16) for paper in _PAPERS)
         mask = np.abs(one - other).max(2) <= _DIFFERS
         shown.append(mask.ravel())
         colours.append((one * mask[..., None]).ravel())

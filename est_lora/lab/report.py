@@ -7,7 +7,7 @@ from pathlib import Path
 
 from est_lora.lab import plots
 from est_lora.lab.findings import Findings, Gate, Interval, Score
-from est_lora.lab.run import Lab
+from est_lora.lab.folder import Lab
 
 PAGE = "lab.md"
 

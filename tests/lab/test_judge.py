@@ -10,7 +10,7 @@ from est_lora.demo.things import PALETTES, SUBJECTS
 from est_lora.demo.world import draw, random_scene
 from est_lora.lab import judge as judges
 from est_lora.lab.examples import NOTHING, PARTS, STYLE_KINDS
-from est_lora.lab.judge import QUESTIONS, Classifier, Judge
+from est_lora.lab.judge import QUESTIONS, Classifier, Judge, trained
 
 
 class Saying(torch.nn.Module):
@@ -58,19 +58,16 @@ def test_it_counts_what_is_right_kind_by_kind():
 
 
 def test_training_teaches_and_is_done_once(tmp_path, monkeypatch):
-    first = Judge.trained(tmp_path, steps=3, workers=0)
-    untrained = Classifier(1 + len(SUBJECTS))
-    trained = first.classifiers["subject"].state_dict()
-    assert any(not torch.equal(value, trained[name]) for name, value in untrained.state_dict().items())
+    first = trained("subject", tmp_path, steps=3).state_dict()
+    untrained = Classifier(1 + len(SUBJECTS)).state_dict()
+    assert any(not torch.equal(value, first[name]) for name, value in untrained.items())
     monkeypatch.setattr(judges, "DataLoader", None)  # would be needed to train again
-    again = Judge.trained(tmp_path, steps=3, workers=0)
-    for name, classifier in first.classifiers.items():
-        kept = again.classifiers[name].state_dict()
-        assert all(torch.equal(value, kept[key]) for key, value in classifier.state_dict().items())
+    kept = trained("subject", tmp_path, steps=3).state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in first.items())
 
 
 def test_other_steps_are_another_judge(tmp_path, monkeypatch):
-    Judge.trained(tmp_path, steps=1, workers=0)
+    trained("style", tmp_path, steps=1)
     monkeypatch.setattr(judges, "DataLoader", None)
     with pytest.raises(TypeError):
-        Judge.trained(tmp_path, steps=2, workers=0)
+        trained("style", tmp_path, steps=2)
