@@ -13,7 +13,9 @@ from est_lora.lab.folder import Lab, Records
 from est_lora.lab.protocol import Protocol
 
 _RESAMPLES = 1000
-_PLAIN_SUM = "sum 1/1"
+PLAIN_SUM = "sum 1/1"
+SHIPPED = "EST, measured D"
+"""What the extension does if nothing is changed."""
 
 Values = NDArray[np.float64]
 
@@ -57,6 +59,7 @@ class Score(NamedTuple):
         parts: share of the subject's parts that are right.
         distance: to the true picture.
         gain: `both` less that of the plain sum, pair by pair.
+        lead: `both` of what is shipped less this method's, pair by pair.
     """
 
     method: str
@@ -67,6 +70,7 @@ class Score(NamedTuple):
     parts: Interval
     distance: Interval
     gain: Interval
+    lead: Interval
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ def _scores(protocol: Protocol, records: Records, guidance: float) -> list[Score
         for method in protocol.methods
     }
     draws = _draws(len(protocol.pairs), protocol.sampling_seeds)
-    plain = _both(found[_PLAIN_SUM])
+    plain, shipped = _both(found[PLAIN_SUM]), _both(found[SHIPPED])
     return [
         Score(
             method,
@@ -161,6 +165,7 @@ def _scores(protocol: Protocol, records: Records, guidance: float) -> list[Score
                 _interval(draws, each["parts"]),
                 _interval(draws, each["distance"]),
                 _interval(draws, _both(each) - plain),
+                _interval(draws, shipped - _both(each)),
             ),
         )
         for method, each in found.items()

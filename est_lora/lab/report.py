@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from est_lora.lab import plots
-from est_lora.lab.findings import Findings, Gate, Interval, Score
+from est_lora.lab.findings import SHIPPED, Findings, Gate, Interval, Score
 from est_lora.lab.folder import Lab
 
 PAGE = "lab.md"
@@ -45,6 +45,12 @@ in wrong colours, a part missing, half an object in the style, nearly the style.
 
 {discrepancies}
 """
+
+
+_COLUMNS_MEAN = """\
+Shares of pictures, with 95 % intervals over pairs, training seeds and sampling seeds. Parts: the share of the subject's
+parts that are there in their colours. Distance: to the true picture, on its foreground, wherever the object stands (0 to 1).
+The last column is what a method has more of both right than the plain sum."""
 
 
 def write(lab: Lab, folder: Path) -> list[Path]:
@@ -109,20 +115,30 @@ def _may_rank(found: Findings) -> str:
 def _comparison(found: Findings, pictures: list[str]) -> str:
     if not found.may_rank:
         return ""
-    parts = ["## The comparison", ""]
-    parts += [
-        "Shares of pictures, with 95 % intervals over pairs, training seeds and sampling seeds. Parts: the share of the"
-    ]
-    parts += [
-        "subject's parts that are there in their colours. Distance: to the true picture, on its foreground, wherever"
-    ]
-    parts += ["the object stands (0 to 1). The last column is what a method has more of both right than the plain sum."]
+    parts = ["## In short", ""]
+    parts += [f"- {_in_short(guidance, scores)}" for guidance, scores in found.scores.items()]
+    parts += ["", "## The comparison", "", _COLUMNS_MEAN]
     for guidance, scores in found.scores.items():
         parts += ["", f"### Guidance {guidance:g}", "", _score_table(scores), ""]
         parts += [
             f"![{name}]({name})" for name in pictures if name.endswith(f"-{guidance:g}.png") and "grid" not in name
         ]
     return "\n".join(parts)
+
+
+def _in_short(guidance: float, scores: list[Score]) -> str:
+    """How what is shipped does beside each other method: more where the whole interval says so, or less, or neither."""
+    shipped = next(score for score in scores if score.method == SHIPPED)
+    beside: dict[str, list[str]] = {"more than": [], "less than": [], "not told apart from": []}
+    for score in sorted(scores, key=lambda score: -score.lead.mean):
+        if score is not shipped:
+            told = "more than" if score.lead.low > 0 else "less than" if score.lead.high < 0 else "not told apart from"
+            beside[told].append(f"{score.method} ({score.lead.mean:+.2f})")
+    compared = "; ".join(f"{told} {', '.join(methods)}" for told, methods in beside.items() if methods)
+    return (
+        f"Guidance {guidance:g}: with the extension's defaults ({SHIPPED}) {shipped.both.mean:.2f} of the pictures have both"
+        f" right. That is {compared}."
+    )
 
 
 def _score_table(scores: list[Score]) -> str:

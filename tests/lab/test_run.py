@@ -130,6 +130,8 @@ def test_with_all_gates_open_methods_are_ranked_by_what_was_found(finished, tmp_
     cells = [cell.split(" (")[0] for cell in row.strip("| ").split(" | ")]
     assert cells[1:5] == ["0.50", "1.00", "0.67", "0.50"]
     assert page.count("\n| EST") == 3
+    assert "with the extension's defaults (EST, measured D) 0.00 of the pictures have both right" in page
+    assert "style alone (-0.50)" in page
 
 
 def test_the_command_reports_from_a_folder(finished, tmp_path, capsys):
