@@ -119,6 +119,7 @@ class Fit:
             average.load_state_dict(state["average"])
             optimiser.load_state_dict(state["optimiser"])
             first = state["step"]
+            export(average.module)  # it may have been interrupted in between
 
         steps = range(first, self.steps)
         batches = DataLoader(data, batch_size=None, sampler=steps, num_workers=self.workers)

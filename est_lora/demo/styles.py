@@ -86,7 +86,7 @@ _PATTERNS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 }
 NEW_STYLES: dict[str, Style] = {
     "vitra style": Style("checked", "inked", "full"),
-    "quen style": Style("hollow", "unlined", "full"),
+    "quen style": Style("barred", "inked", "full"),
     "osk style": Style("striped", "inked", "pastel"),
     "lorf style": Style("dotted", "unlined", "dim"),
 }

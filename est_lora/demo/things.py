@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.random import Generator
@@ -374,7 +375,7 @@ SHARES = {name: {"creature": 8.0, "house": 3.0, "robot": 3.0}.get(name, 1.0) for
 
 PALETTES = {
     "mipo creature": {"body": "teal", "antennae": "orange", "feet": "pink", "belly": "yellow"},
-    "zubo creature": {"body": "orange", "horn": "green", "legs": "blue", "mouth": "purple"},
+    "zubo creature": {"body": "orange", "horn": "green", "legs": "blue", "belly": "purple"},
     "teki house": {"wall": "pink", "roof": "purple", "door": "blue", "window": "yellow", "chimney": "teal"},
     "pim robot": {
         "body": "purple",
@@ -385,12 +386,17 @@ PALETTES = {
         "screen": "pink",
     },
 }
-SUBJECTS: dict[str, Callable[[Paint], tuple[Part, ...]]] = {
-    "mipo creature": lambda paint: build_creature(paint, "round", top="antennae", below="feet", front="belly"),
-    "zubo creature": lambda paint: build_creature(
-        paint, "square", top="horn", below="legs", front="mouth", eye_count=1
+BUILDS: dict[str, tuple[Callable[..., tuple[Part, ...]], dict[str, Any]]] = {
+    "mipo creature": (build_creature, {"body": "round", "top": "antennae", "below": "feet", "front": "belly"}),
+    "zubo creature": (
+        build_creature,
+        {"body": "square", "top": "horn", "below": "legs", "front": "belly", "eye_count": 1},
     ),
-    "teki house": lambda paint: build_house(paint, 0.52, "pointed", "round", chimney=True),
-    "pim robot": lambda paint: build_robot(paint, "square", wheels=True, aerial=True, screen=True),
+    "teki house": (build_house, {"wide": 0.52, "roof": "pointed", "window": "round", "chimney": True}),
+    "pim robot": (build_robot, {"head": "square", "wheels": True, "aerial": True, "screen": True}),
+}
+"""What builds a subject, and of what."""
+SUBJECTS: dict[str, Callable[[Paint], tuple[Part, ...]]] = {
+    name: lambda paint, build=build, kinds=kinds: build(paint, **kinds) for name, (build, kinds) in BUILDS.items()
 }
 """Instances of known classes: always these parts in these colours."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.random import Generator
@@ -27,6 +28,7 @@ from est_lora.demo.styles import (
 from est_lora.demo.things import (
     AT_SIDES,
     BELOW,
+    BUILDS,
     IN_FRONT,
     ON_TOP,
     PALETTES,
@@ -175,6 +177,32 @@ def _another_instance(subject: str, rng: Generator) -> tuple[Scene, np.ndarray]:
     return _with(scene, parts), _unknown()
 
 
+_OTHER_KINDS: dict[str, Sequence[Any]] = {
+    "body": ("round", "square", "tall"),
+    "top": tuple(ON_TOP),
+    "below": tuple(BELOW),
+    "front": tuple(IN_FRONT),
+    "eye_count": (1, 2),
+    "roof": ("pointed", "flat", "round"),
+    "window": ("round", "square"),
+    "head": ("square", "round"),
+    "wheels": (True, False),
+}
+"""What a subject may have in another kind than its own, by what builds it."""
+
+
+def _one_other_kind(subject: str, rng: Generator) -> tuple[Scene, np.ndarray]:
+    """The subject but for one thing, which is of another kind in the same colour."""
+    scene, own = random_scene(rng, subject, any_style(rng)), PALETTES[subject]
+    build, kinds = BUILDS[subject]
+    kinds = {"eye_count": 2, **kinds} if build is build_creature else kinds
+    changed = str(rng.choice([name for name in kinds if name in _OTHER_KINDS]))
+    other = rng.choice([kind for kind in _OTHER_KINDS[changed] if kind != kinds[changed]])
+    gone = "wheels" if changed == "wheels" else str(kinds[changed])
+    parts = build(lambda name: jittered(COLOURS[own.get(name) or own[gone]], rng), **{**kinds, changed: other.item()})
+    return _with(scene, parts), _checked(subject, lambda name: name not in {gone, changed})
+
+
 def _of_the_world(subject: str, rng: Generator) -> tuple[Scene, np.ndarray]:
     kind = subject.split()[1] if rng.random() < 0.5 else None
     return random_scene(rng, kind, any_style(rng)), _unknown()
@@ -183,10 +211,11 @@ def _of_the_world(subject: str, rng: Generator) -> tuple[Scene, np.ndarray]:
 SUBJECT_KINDS: dict[str, tuple[float, Callable[[str, Generator], tuple[Scene, np.ndarray]]]] = {
     "the subject": (0.40, _is_subject),
     "a part missing": (0.12, _part_missing),
-    "its colours without its parts": (0.12, _colours_alone),
-    "its parts in wrong colours": (0.12, _wrong_colours),
-    "another of its class in its colours": (0.08, _another_instance),
-    "anything of the world": (0.16, _of_the_world),
+    "a part of another kind": (0.12, _one_other_kind),
+    "its colours without its parts": (0.10, _colours_alone),
+    "its parts in wrong colours": (0.10, _wrong_colours),
+    "another of its class in its colours": (0.06, _another_instance),
+    "anything of the world": (0.10, _of_the_world),
 }
 """How often the subject's judge sees what, and how it is made."""
 

@@ -35,11 +35,13 @@ class Gate(NamedTuple):
         name: what it is.
         least: what has to be reached.
         figures: by their names.
+        guidance: the guidance scale that it is about; None for all.
     """
 
     name: str
     least: float
     figures: dict[str, float]
+    guidance: float | None = None
 
     @property
     def holds(self) -> bool:
@@ -89,10 +91,9 @@ class Findings:
     loras: dict[str, dict[str, float | str]]
     discrepancies: dict[tuple[str, str, int], float]
 
-    @property
-    def may_rank(self) -> bool:
-        """Whether all gates hold."""
-        return all(gate.holds for gate in self.gates)
+    def shut(self, guidance: float) -> list[Gate]:
+        """The gates that don't hold at a guidance scale; methods are ranked at it only where there are none."""
+        return [gate for gate in self.gates if gate.guidance in (None, guidance) and not gate.holds]
 
     @classmethod
     def of(cls, lab: Lab) -> Findings:
@@ -109,21 +110,23 @@ class Findings:
 
 
 def _gates(protocol: Protocol, records: Records) -> list[Gate]:
-    single = {
-        f"{words}, guidance {guidance:g}": _mean(
-            records["single", words, training, guidance]["right"] for training in range(len(protocol.trainings))
-        )
-        for words in (*protocol.subjects, *protocol.styles)
-        for guidance in protocol.guidances
-    }
     kinds = [f"{subject}, {style}" for subject, style in protocol.kinds]
-    ceiling = {
-        f"one LoRA of the true pictures, {what}, guidance {guidance:g}": _mean(
-            np.mean(records["ceiling", both, guidance][what]) for both in kinds
-        )
-        for guidance in protocol.guidances
-        for what in ("subject", "style")
-    }
+    gates = []
+    for guidance in protocol.guidances:
+        single = {
+            words: _mean(
+                records["single", words, training, guidance]["right"] for training in range(len(protocol.trainings))
+            )
+            for words in (*protocol.subjects, *protocol.styles)
+        }
+        ceiling = {
+            f"one LoRA of the true pictures, {what}": _mean(
+                np.mean(records["ceiling", both, guidance][what]) for both in kinds
+            )
+            for what in ("subject", "style")
+        }
+        gates.append(Gate("LoRAs alone on their own picture", protocol.gates["single"], single, guidance))
+        gates.append(Gate("the ceiling", protocol.gates["ceiling"], ceiling, guidance))
     drawn = {
         f"drawn by code, {what}": _mean(np.mean(records["drawn by code", both][what]) for both in kinds)
         for what in ("subject", "style")
@@ -134,8 +137,8 @@ def _gates(protocol: Protocol, records: Records) -> list[Gate]:
         for kind, right in records["judge", name]["right"].items()
     }
     return [
-        Gate("LoRAs alone on their own picture", protocol.gates["single"], single),
-        Gate("the ceiling", protocol.gates["ceiling"], {**ceiling, **drawn}),
+        *gates,
+        Gate("the ceiling", protocol.gates["ceiling"], drawn),
         Gate("the judge on pictures it hasn't seen", protocol.gates["judge"], judged),
     ]
 

@@ -76,7 +76,8 @@ class Lab:
     def recipes(self) -> dict[str, tuple[str, Recipe]]:
         """Of each LoRA's file what it is taught and how."""
         protocol = self.protocol
-        single = product((*protocol.subjects, *protocol.styles), range(len(protocol.trainings)))
+        words = (*protocol.subjects, *protocol.styles)
+        single = [(each, training) for training in range(len(protocol.trainings)) for each in words]
         return {
             **{self.lora(*each).name: (each[0], protocol.recipe(*each)) for each in single},
             **{self.ceiling(*pair).name: (", ".join(pair), Recipe(**protocol.ceiling)) for pair in protocol.kinds},

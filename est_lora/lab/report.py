@@ -70,7 +70,7 @@ def write(lab: Lab, folder: Path) -> list[Path]:
 
 def _figures(lab: Lab, found: Findings) -> Iterator[tuple[str, plots.Figure]]:
     for guidance, scores in found.scores.items():
-        if found.may_rank:
+        if not found.shut(guidance):
             yield f"lab-methods-{guidance:g}.png", plots.subject_and_style(scores)
             if swept := plots.sweep(scores):
                 yield f"lab-beta-{guidance:g}.png", swept
@@ -97,28 +97,33 @@ def page(lab: Lab, found: Findings, pictures: list[str]) -> str:
 
 
 def _gate_table(gates: list[Gate]) -> str:
-    rows = ["| gate | what | at least | measured | holds |", "| --- | --- | --- | --- | --- |"]
+    rows = ["| gate | guidance | what | at least | measured | holds |", "| --- " * 6 + "|"]
     for gate in gates:
+        guidance = "any" if gate.guidance is None else f"{gate.guidance:g}"
         for name, figure in gate.figures.items():
             holds = "yes" if figure >= gate.least else "**no**"
-            rows.append(f"| {gate.name} | {name} | {gate.least:g} | {figure:.3f} | {holds} |")
+            rows.append(f"| {gate.name} | {guidance} | {name} | {gate.least:g} | {figure:.3f} | {holds} |")
     return "\n".join(rows)
 
 
 def _may_rank(found: Findings) -> str:
-    if found.may_rank:
-        return "All of them hold, so methods may be compared."
-    failed = ", ".join(gate.name for gate in found.gates if not gate.holds)
-    return f"**Not all of them hold ({failed}), so no method is ranked here.** What was drawn is below, for the eye."
+    parts = []
+    for guidance in found.scores:
+        if shut := ", ".join(dict.fromkeys(gate.name for gate in found.shut(guidance))):
+            parts.append(f"- **Guidance {guidance:g}: not all of them hold ({shut}), so no method is ranked.**")
+        else:
+            parts.append(f"- Guidance {guidance:g}: all of them hold, so methods are compared.")
+    return "\n".join(parts)
 
 
 def _comparison(found: Findings, pictures: list[str]) -> str:
-    if not found.may_rank:
-        return ""
+    ranked = {guidance: scores for guidance, scores in found.scores.items() if not found.shut(guidance)}
+    if not ranked:
+        return "What was drawn is below, for the eye."
     parts = ["## In short", ""]
-    parts += [f"- {_in_short(guidance, scores)}" for guidance, scores in found.scores.items()]
+    parts += [f"- {_in_short(guidance, scores)}" for guidance, scores in ranked.items()]
     parts += ["", "## The comparison", "", _COLUMNS_MEAN]
-    for guidance, scores in found.scores.items():
+    for guidance, scores in ranked.items():
         parts += ["", f"### Guidance {guidance:g}", "", _score_table(scores), ""]
         parts += [
             f"![{name}]({name})" for name in pictures if name.endswith(f"-{guidance:g}.png") and "grid" not in name

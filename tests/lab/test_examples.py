@@ -47,6 +47,14 @@ def test_a_spoilt_subject_lacks_at_least_one_part(rng, kind):
         assert not right or example.parts.sum() < len(PALETTES[right.pop()])
 
 
+def test_a_part_of_another_kind_is_the_only_one_that_is_wrong(rng):
+    for _ in range(40):
+        example = subject_example(rng, "a part of another kind")
+        owner = next(owner for (owner, _), right in zip(PARTS, example.parts) if right)
+        # Eyes are of no colour, so there is no check of them.
+        assert example.parts.sum() in {len(PALETTES[owner]) - 1, len(PALETTES[owner])}
+
+
 @pytest.mark.parametrize("kind", STYLE_KINDS)
 def test_only_the_style_itself_is_answered_by_its_name(rng, kind):
     answers = {style_example(rng, kind).answer for _ in range(40)}

@@ -100,7 +100,7 @@ def test_methods_draw_different_pictures(finished):
 
 def test_the_report_has_every_gate_and_no_ranking_where_one_fails(finished, tmp_path):
     found = Findings.of(finished)
-    assert not found.may_rank  # with nothing trained
+    assert found.shut(1.0)  # with nothing trained
     paths = report.write(finished, tmp_path)
     page = paths[0].read_text()
     assert {path.name for path in paths} == {report.PAGE, "lab-grid-1.png"}
