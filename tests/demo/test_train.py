@@ -54,6 +54,13 @@ def test_an_interrupted_training_goes_on_as_if_it_had_not_been(tmp_path, monkeyp
     assert not same(whole, halfway)
 
 
+def test_a_training_that_was_finished_only_writes_its_result(tmp_path, monkeypatch):
+    done = run("lora", tmp_path / "result.safetensors")
+    (tmp_path / "result.safetensors").unlink()
+    monkeypatch.setattr(fitting, "denoising_loss", None)
+    assert same(done, run("lora", tmp_path / "result.safetensors"))
+
+
 def test_a_trained_lora_is_like_anybodys(tmp_path):
     run("lora", tmp_path / "a.safetensors")
     file = LoraFile.load(tmp_path / "a.safetensors")
