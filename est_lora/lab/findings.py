@@ -83,12 +83,14 @@ class Findings:
         gates: in order.
         scores: of every method, by guidance scale.
         loras: of each file its words, its rank, its alpha and `||dW||^2 / ||W||^2`.
+        ceilings: of each pair, how often the LoRA of its true pictures has the subject, and the style, by guidance scale.
         discrepancies: of each pair and training its `D`.
     """
 
     gates: list[Gate]
     scores: dict[float, list[Score]]
     loras: dict[str, dict[str, float | str]]
+    ceilings: dict[str, dict[float, tuple[float, float]]]
     discrepancies: dict[tuple[str, str, int], float]
 
     def shut(self, guidance: float) -> list[Gate]:
@@ -106,7 +108,11 @@ class Findings:
         scores = {guidance: _scores(protocol, records, guidance) for guidance in protocol.guidances}
         loras = {key[1]: entry for key, entry in records.entries.items() if key[0] == "lora"}
         measured = {key[1:]: entry["value"] for key, entry in records.entries.items() if key[0] == "discrepancy"}
-        return cls(_gates(protocol, records), scores, loras, measured)
+        ceilings = {
+            both: {guidance: _right(records["ceiling", both, guidance]) for guidance in protocol.guidances}
+            for both in map(", ".join, protocol.kinds)
+        }
+        return cls(_gates(protocol, records), scores, loras, ceilings, measured)
 
 
 def _gates(protocol: Protocol, records: Records) -> list[Gate]:
@@ -141,6 +147,10 @@ def _gates(protocol: Protocol, records: Records) -> list[Gate]:
         Gate("the ceiling", protocol.gates["ceiling"], drawn),
         Gate("the judge on pictures it hasn't seen", protocol.gates["judge"], judged),
     ]
+
+
+def _right(entry: dict[str, list[int]]) -> tuple[float, float]:
+    return float(np.mean(entry["subject"])), float(np.mean(entry["style"]))
 
 
 def _mean(values: Iterable[float]) -> float:

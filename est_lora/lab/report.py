@@ -39,6 +39,12 @@ in wrong colours, a part missing, half an object in the style, nearly the style.
 
 {grids}
 
+## The ceiling, pair by pair
+
+How often one LoRA that was taught a pair's true pictures has the subject, and the style.
+
+{ceilings}
+
 ## The LoRAs
 
 {loras}
@@ -91,6 +97,7 @@ def page(lab: Lab, found: Findings, pictures: list[str]) -> str:
         may_rank=_may_rank(found),
         comparison=_comparison(found, pictures),
         grids="\n\n".join(f"![{name}]({name})" for name in pictures if "grid" in name),
+        ceilings=_ceiling_table(found),
         loras=_lora_table(found),
         discrepancies=_discrepancy_table(found),
     )
@@ -158,6 +165,15 @@ def _score_table(scores: list[Score]) -> str:
 
 def _told(interval: Interval, spelt: str = ".2f") -> str:
     return f"{interval.mean:{spelt}} ({interval.low:{spelt}} ... {interval.high:{spelt}})"
+
+
+def _ceiling_table(found: Findings) -> str:
+    columns = [f"{what}, guidance {guidance:g}" for guidance in found.scores for what in ("subject", "style")]
+    rows = [f"| pair | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
+    for both, by_guidance in found.ceilings.items():
+        figures = [f"{share:.2f}" for shares in by_guidance.values() for share in shares]
+        rows.append(f"| {both} | {' | '.join(figures)} |")
+    return "\n".join(rows)
 
 
 def _lora_table(found: Findings) -> str:

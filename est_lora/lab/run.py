@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partialmethod
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 
 import torch
 import transformers
@@ -56,7 +59,16 @@ def _begin(lab: Lab) -> None:
     tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # one bar is enough
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _assistant = Assistant(lab)
+
+
+def _end_with_parent() -> None:
+    """Where the parent is killed, nobody else would tell its processes."""
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _do(key: Key) -> Found:
