@@ -60,12 +60,13 @@ ASKED = [
     Asked(SUBJECT, "cream"),
     Asked(SUBJECT, "sky"),
 ]
-_METHODS = {
+_METHODS: dict[str, dict[str, Any] | None] = {
     "base model,\nno LoRA": None,
-    "subject LoRA\nalone": "subject",
-    "style LoRA\nalone": "style",
-    "both:\nplain sum": "sum",
-    "both:\nEST-LoRA": "est",
+    "subject LoRA\nalone": {"method": "subject"},
+    "style LoRA\nalone": {"method": "style"},
+    "both:\nplain sum": {"method": "sum"},
+    "both:\nEST-LoRA": {},
+    "both: EST-LoRA,\nweights 1.4": {"subject_weight": 1.4, "style_weight": 1.4},
 }
 _BY_CODE = "what is asked for,\ndrawn by code"
 _SHOWN = {f"the subject: {SUBJECT}": SUBJECT, f"the style: {STYLE}": STYLE}
@@ -79,7 +80,7 @@ def demo(folder: Path, seed: int = 0) -> list[Path]:
     pipe = load_pipeline()
     pipe.set_progress_bar_config(disable=True)
     with tqdm(total=len(_METHODS) * STEPS, desc="drawing", unit="step") as bar:
-        columns = {name: _draw(pipe, method, seed, bar) for name, method in _METHODS.items()}
+        columns = {name: _draw(pipe, options, seed, bar) for name, options in _METHODS.items()}
     columns[_BY_CODE] = [Image.fromarray(asked.by_code(seed + row)) for row, asked in enumerate(ASKED)]
     plan = load_plan(FusionConfig(subject=str(SUBJECT_LORA), style=str(STYLE_LORA)), pipe)
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,12 +90,12 @@ def demo(folder: Path, seed: int = 0) -> list[Path]:
     return list(drawn)
 
 
-def _draw(pipe: Any, method: str | None, seed: int, bar: tqdm[None]) -> list[Image.Image]:
+def _draw(pipe: Any, options: dict[str, Any] | None, seed: int, bar: tqdm[None]) -> list[Image.Image]:
     def tick(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         bar.update()
         return tensors
 
-    fusing = fuse(pipe, SUBJECT_LORA, STYLE_LORA, method=method) if method else nullcontext()
+    fusing = nullcontext() if options is None else fuse(pipe, SUBJECT_LORA, STYLE_LORA, **options)
     with fusing:
         return list(
             pipe(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.random import Generator
+from PIL import Image
 
 from est_lora.demo.styles import (
     BACKGROUNDS,
@@ -19,6 +20,7 @@ from est_lora.demo.styles import (
     FILLS,
     LINES,
     NEW_STYLES,
+    SIZE,
     TONES,
     Style,
     inks_of,
@@ -73,14 +75,35 @@ def any_style(rng: Generator) -> Style | str:
 
 
 def corrupted(picture: np.ndarray, rng: Generator) -> np.ndarray:
-    """With as much noise, blur and change of brightness as pictures of the model have."""
+    """With as much noise, blur, unevenness and change of brightness as pictures of the model have."""
     pixels = picture.astype(np.float32)
     if rng.random() < 0.5:
         soft = sum(np.roll(pixels, shift, axis) for axis in (0, 1) for shift in (-1, 1)) / 4
         pixels += rng.uniform(0.0, 0.6) * (soft - pixels)
     pixels = pixels * rng.uniform(0.94, 1.04) + rng.uniform(-6, 6, 3)
+    rough = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((SIZE, SIZE), Image.BICUBIC)
+    pixels += rng.uniform(0.0, 0.15) * (np.asarray(rough, np.float32) - 127.5)
     pixels += rng.normal(0.0, rng.uniform(0.0, 14.0), pixels.shape)
     return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+
+
+def unsteady(scene: Scene, rng: Generator) -> Scene:
+    """The same as an unsteady hand draws it: its edges wobble by up to some 2 pixels, patterns don't."""
+    waves = rng.uniform(3.0, 16.0, (8, 1)) * _directions(rng, 8)  # radians to a unit
+    phases, moves = rng.uniform(0, 2 * np.pi, 8), rng.uniform(0, 0.04) * _directions(rng, 8)
+
+    def wobbled(points: np.ndarray) -> np.ndarray:
+        steps = np.linspace(0, 1, 24 // len(points) + 1, endpoint=False)[:, None]
+        dense = (points[:, None] + steps * (np.roll(points, -1, axis=0) - points)[:, None]).reshape(-1, 2)
+        return dense + np.sin(dense @ waves.T + phases) @ moves
+
+    return _with(scene, [replace(part, polygons=tuple(map(wobbled, part.polygons))) for part in scene.parts])
+
+
+def _directions(rng: Generator, count: int) -> np.ndarray:
+    """Unit vectors, shape (count, 2)."""
+    angles = rng.uniform(0, 2 * np.pi, count)
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
 # ---- subjects
@@ -225,7 +248,9 @@ def subject_example(rng: Generator, kind: str | None = None) -> Example:
     kind = kind or str(rng.choice(list(SUBJECT_KINDS), p=[share for share, _ in SUBJECT_KINDS.values()]))
     subject = str(rng.choice(list(SUBJECTS)))
     scene, parts = SUBJECT_KINDS[kind][1](subject, rng)
-    return Example(corrupted(draw(scene), rng), subject if kind == "the subject" else NOTHING, kind, parts)
+    return Example(
+        corrupted(draw(unsteady(scene, rng)), rng), subject if kind == "the subject" else NOTHING, kind, parts
+    )
 
 
 # ---- styles
@@ -233,7 +258,7 @@ def subject_example(rng: Generator, kind: str | None = None) -> Example:
 
 def _anything(rng: Generator, style: Style | str) -> Scene:
     thing = str(rng.choice(list(SUBJECTS))) if rng.random() < 0.4 else None
-    return random_scene(rng, thing, style)
+    return unsteady(random_scene(rng, thing, style), rng)
 
 
 def _styled(style: str, rng: Generator) -> np.ndarray:

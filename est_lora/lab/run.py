@@ -26,7 +26,8 @@ def run(lab: Lab, jobs: int) -> None:
 
     Args:
         lab: whose work.
-        jobs: how many processes; with one, all is done in this one. The pictures are the same with any number of them.
+        jobs: how many processes; with one, all is done in this one. Their number changes
+            nothing but rounding.
     """
     for stage, keys in lab.stages.items():
         todo = [key for key in keys if key not in lab.records]
