@@ -156,7 +156,11 @@ def _wrong_colours(subject: str, rng: Generator) -> tuple[Scene, np.ndarray]:
     wrong = set(rng.choice(names, rng.integers(2, len(names) + 1), replace=False))
     if rng.random() < 0.3:
         wrong.add(names[0])
-    other = {name: str(rng.choice([colour for colour in COLOURS if not _alike(colour, own[name])])) for name in wrong}
+    other = {
+        name: str(rng.choice([colour for colour in COLOURS if not _alike(colour, own[name])]))
+        for name in names  # not of the set: the order of its strings is another in every process
+        if name in wrong
+    }
     parts = [
         replace(part, colour=jittered(COLOURS[other[part.name]], rng)) if part.name in other else part
         for part in scene.parts

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -68,6 +72,22 @@ def test_kinds_come_as_often_as_they_say():
         made = [make(rng).kind for _ in range(300)]
         for kind, (share, _) in kinds.items():
             assert made.count(kind) / 300 == pytest.approx(share, abs=0.1)
+
+
+def test_a_seed_gives_the_same_examples_in_every_process():
+    code = (
+        "import hashlib, numpy; from est_lora.lab.examples import SUBJECT_KINDS, style_example, subject_example;"
+        "rng = numpy.random.default_rng(0); made = [subject_example(rng, kind) for kind in SUBJECT_KINDS for _ in range(4)];"
+        "made += [style_example(rng) for _ in range(8)];"
+        "print(hashlib.sha256(b''.join(each.picture.tobytes() for each in made)).hexdigest())"
+    )
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(told) == 1
 
 
 def test_corruption_leaves_a_picture_recognisable(rng):
