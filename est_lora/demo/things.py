@@ -387,10 +387,13 @@ PALETTES = {
     },
 }
 BUILDS: dict[str, tuple[Callable[..., tuple[Part, ...]], dict[str, Any]]] = {
-    "mipo creature": (build_creature, {"body": "round", "top": "antennae", "below": "feet", "front": "belly"}),
+    "mipo creature": (
+        build_creature,
+        {"eye_count": 2, "body": "round", "top": "antennae", "below": "feet", "front": "belly"},
+    ),
     "zubo creature": (
         build_creature,
-        {"body": "square", "top": "horn", "below": "legs", "front": "belly", "eye_count": 1},
+        {"eye_count": 1, "body": "square", "top": "horn", "below": "legs", "front": "belly"},
     ),
     "teki house": (build_house, {"wide": 0.52, "roof": "pointed", "window": "round", "chimney": True}),
     "pim robot": (build_robot, {"head": "square", "wheels": True, "aerial": True, "screen": True}),

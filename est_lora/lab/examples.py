@@ -222,7 +222,6 @@ def _one_other_kind(subject: str, rng: Generator) -> tuple[Scene, np.ndarray]:
     """The subject but for one thing, which is of another kind in the same colour."""
     scene, own = random_scene(rng, subject, any_style(rng)), PALETTES[subject]
     build, kinds = BUILDS[subject]
-    kinds = {"eye_count": 2, **kinds} if build is build_creature else kinds
     changed = str(rng.choice([name for name in kinds if name in _OTHER_KINDS]))
     other = rng.choice([kind for kind in _OTHER_KINDS[changed] if kind != kinds[changed]])
     gone = "wheels" if changed == "wheels" else str(kinds[changed])
