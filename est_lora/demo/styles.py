@@ -14,6 +14,8 @@ SIZE = 64
 """Of a picture, pixels."""
 SCALE = 3
 """How many times too large pictures are drawn before they are averaged down."""
+LINE = 1.5
+"""How wide the lines around parts are, pixels."""
 
 Colour = tuple[int, int, int]
 
@@ -105,14 +107,12 @@ class Inks:
         pattern: what is on it, a key of `_PATTERNS`; None for nothing.
         figure: the pattern's colour.
         line: the colour of the line around it; None for no line.
-        width: of the line, pixels.
     """
 
     ground: Colour
     pattern: str | None = None
     figure: Colour = INK
     line: Colour | None = None
-    width: float = 1.5
 
 
 def inks_of(style: Style | str, colour: Colour, paper: Colour) -> Inks:
@@ -128,7 +128,7 @@ def inks_of(style: Style | str, colour: Colour, paper: Colour) -> Inks:
     own = TONES[style.tone](colour)
     line = {"unlined": None, "inked": INK, "rimmed": mix(own, INK, 0.5)}[style.line]
     if style.fill == "hollow":
-        return Inks(paper, line=line or own, width=2.5)
+        return Inks(paper, line=line or own)
     if style.fill == "plain":
         return Inks(own, line=line)
     return Inks(mix(own, WHITE, 0.7), style.fill, own, line)

@@ -183,7 +183,7 @@ def build_house(paint: Paint, wide: float, roof: str, window: str, chimney: bool
         "flat": box(-wide - 0.2, -0.5, wide + 0.2, -0.2),
         "round": np.concatenate([ellipse(0, -0.2, wide + 0.12, 0.75)[16:], polygon((wide + 0.12, -0.2))]),
     }
-    parts = [Part("chimney", (box(0.3, -1.15, 0.55, -0.3),), paint("chimney"))] if chimney else []
+    parts = [Part("chimney", (box(0.25, -1.2, 0.62, -0.3),), paint("chimney"))] if chimney else []
     parts += [
         Part("wall", (box(-wide, -0.22, wide, 1.05),), paint("wall")),
         Part("roof", (roofs[roof],), paint("roof")),
@@ -375,7 +375,7 @@ SHARES = {name: {"creature": 8.0, "house": 3.0, "robot": 3.0}.get(name, 1.0) for
 
 PALETTES = {
     "mipo creature": {"body": "teal", "antennae": "orange", "feet": "pink", "belly": "yellow"},
-    "zubo creature": {"body": "orange", "horn": "green", "legs": "blue", "belly": "purple"},
+    "zubo creature": {"body": "orange", "horn": "green", "legs": "blue", "belly": "teal"},
     "teki house": {"wall": "pink", "roof": "purple", "door": "blue", "window": "yellow", "chimney": "teal"},
     "pim robot": {
         "body": "purple",

@@ -52,7 +52,7 @@ class Recipe:
     rank: int = 8
     alpha: float = 8.0
     lr: float = 1e-3
-    steps: int = 1000
+    steps: int = 800
     batch: int = 16
     ema: float = 0.98
     seed: int = 0

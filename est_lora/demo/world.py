@@ -15,6 +15,7 @@ from PIL import Image, ImageChops, ImageDraw
 from est_lora.demo.styles import (
     BACKGROUNDS,
     COLOURS,
+    LINE,
     NEW_STYLES,
     SCALE,
     SIZE,
@@ -119,7 +120,7 @@ def paint(scene: Scene, inks_of_parts: Sequence[Inks]) -> np.ndarray:
         polygons = [[*map(tuple, (points @ place[:, :2].T + place[:, 2]).tolist())] for points in part.polygons]
         if inks.line is not None:  # half of it will be under the part
             for corners in polygons:
-                brush.line([*corners, *corners[:2]], inks.line, round(2 * inks.width * SCALE * 0.6), joint="curve")
+                brush.line([*corners, *corners[:2]], inks.line, round(2 * LINE * SCALE), joint="curve")
         if inks.pattern is None:
             for corners in polygons:
                 brush.polygon(corners, inks.ground)
