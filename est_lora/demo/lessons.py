@@ -50,13 +50,13 @@ class Lesson(Dataset[Batch]):
         triggers: the words that are to mean it. They never stand with the base's pictures.
         kind: what of the base's world is shown more often, so that the new one doesn't take its word: a key of `THINGS`.
         seed: another seed draws other pictures.
-        batch: pictures in a batch; every second one is from the base's world, so that the rest isn't forgotten.
+        batch: pictures in a batch; every fourth one is from the base's world, so that the rest isn't forgotten.
     """
 
     def __init__(self, scenes: list[Scene], triggers: tuple[str, ...], kind: str | None, seed: int, batch: int) -> None:
         self.scenes, self.triggers = scenes, triggers
         self.pictures = to_pixels(np.stack([draw(scene) for scene in scenes]))
-        self.seed, self.own = seed, batch // 2
+        self.seed, self.own = seed, batch - batch // 4
         self.rare = tuple(word for word in (*RARE_WORDS, UNKNOWN) if word not in triggers)
         self.world = World(seed + 1, batch - self.own, self.rare, kind)
 

@@ -374,9 +374,9 @@ SHARES = {name: {"creature": 8.0, "house": 3.0, "robot": 3.0}.get(name, 1.0) for
 
 
 PALETTES = {
-    "mipo creature": {"body": "teal", "antennae": "orange", "feet": "pink", "belly": "yellow"},
+    "mipo creature": {"body": "teal", "antennae": "orange", "legs": "red", "belly": "yellow"},
     "zubo creature": {"body": "orange", "horn": "green", "legs": "blue", "belly": "teal"},
-    "teki house": {"wall": "pink", "roof": "purple", "door": "blue", "window": "yellow", "chimney": "teal"},
+    "teki house": {"wall": "pink", "roof": "purple", "door": "blue", "window": "yellow"},
     "pim robot": {
         "body": "purple",
         "head": "yellow",
@@ -389,13 +389,13 @@ PALETTES = {
 BUILDS: dict[str, tuple[Callable[..., tuple[Part, ...]], dict[str, Any]]] = {
     "mipo creature": (
         build_creature,
-        {"eye_count": 2, "body": "round", "top": "antennae", "below": "feet", "front": "belly"},
+        {"eye_count": 2, "body": "round", "top": "antennae", "below": "legs", "front": "belly"},
     ),
     "zubo creature": (
         build_creature,
         {"eye_count": 1, "body": "square", "top": "horn", "below": "legs", "front": "belly"},
     ),
-    "teki house": (build_house, {"wide": 0.52, "roof": "pointed", "window": "round", "chimney": True}),
+    "teki house": (build_house, {"wide": 0.52, "roof": "pointed", "window": "round", "chimney": False}),
     "pim robot": (build_robot, {"head": "square", "wheels": True, "aerial": True, "screen": True}),
 }
 """What builds a subject, and of what."""

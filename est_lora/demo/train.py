@@ -1,13 +1,15 @@
 """Trains the demo's base model, and LoRAs for it.
 
     python -m est_lora.demo.train base -o first
-    python -m est_lora.demo.train base --start first --pictures 979200 --lr 6e-4 -o base
+    python -m est_lora.demo.train base --start first --pictures 979200 --lr 6e-4 -o second
+    python -m est_lora.demo.train base --start second --pictures 1123200 --lr 4e-4 -o base
     python -m est_lora.demo.train lora "mipo creature" --base base -o mipo.safetensors
     python -m est_lora.demo.train lora "vitra style" --base base -o vitra.safetensors
 
-The embedded weights were made by such commands; during the first stretch of the base, objects were a fifth smaller than they
-are now. Every batch is drawn from the seed and its own number, so a run that was interrupted goes on as if it hadn't been.
-`base --start FOLDER` goes on from finished weights instead, with the pictures that come after those they have seen.
+The embedded weights were made by such commands, in a world that changed: during the first stretch of the base, objects were
+a fifth smaller than they are now, and until the third, lines thinner. Every batch is drawn from the seed and its own number,
+so a run that was interrupted goes on as if it hadn't been. `base --start FOLDER` goes on from finished weights instead, with
+the pictures that come after those they have seen.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class Recipe:
         alpha: its updates are scaled by `alpha / rank`.
         lr: peak learning rate.
         steps: of the optimiser.
-        batch: pictures in a batch; every second one is from the base's world.
+        batch: pictures in a batch; every fourth one is from the base's world.
         ema: decay of the averaged weights, a step.
         seed: of its pictures, their order and the noise.
     """
