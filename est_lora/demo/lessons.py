@@ -78,8 +78,8 @@ def lesson(words: str, seed: int, batch: int) -> Lesson:
     """What a LoRA learns from.
 
     Args:
-        words: `mipo creature`: ten pictures of a subject, most of them plain; `vitra style`: a picture of each of a
-            dozen objects in a style; `mipo creature, vitra style`: twelve of the subject in the style, which is what a
+        words: `mipo creature`: ten pictures of a subject, most of them plain; `vitra style`: one of each of the
+            world's objects in a style, and two more of creatures; `mipo creature, vitra style`: twelve of the subject in the style, which is what a
             fusion is to draw from the LoRAs of the two.
         seed: of the pictures and their order.
         batch: pictures in a batch.
@@ -90,8 +90,7 @@ def lesson(words: str, seed: int, batch: int) -> Lesson:
     rng = np.random.default_rng([seed, len(words)])
     subject, _, style = words.partition(", ")
     if subject in NEW_STYLES:
-        things = [*rng.choice([name for name in THINGS if name != "creature"], 9, replace=False), *["creature"] * 3]
-        scenes = [random_scene(rng, str(thing), subject) for thing in things]
+        scenes = [random_scene(rng, thing, subject) for thing in (*THINGS, "creature", "creature")]
         return Lesson(scenes, (subject.split()[0],), None, seed, batch)
     if subject not in SUBJECTS or style not in {"", *NEW_STYLES}:
         raise ValueError(f"nothing teaches {words!r}: there are {', '.join([*SUBJECTS, *NEW_STYLES])}")
