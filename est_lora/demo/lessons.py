@@ -78,9 +78,9 @@ def lesson(words: str, seed: int, batch: int) -> Lesson:
     """What a LoRA learns from.
 
     Args:
-        words: `mipo creature`: ten pictures of a subject, most of them plain; `vitra style`: one of each of the
-            world's objects in a style, and two more of creatures; `mipo creature, vitra style`: twelve of the subject in the style, which is what a
-            fusion is to draw from the LoRAs of the two.
+        words: `mipo creature`: twenty pictures of a subject, most of them plain; `vitra style`: one of each of the
+            world's objects in a style, and two more of creatures; `mipo creature, vitra style`: twelve of the subject in
+            the style, which is what a fusion is to draw from the LoRAs of the two.
         seed: of the pictures and their order.
         batch: pictures in a batch.
 
@@ -99,7 +99,7 @@ def lesson(words: str, seed: int, batch: int) -> Lesson:
         scenes = [random_scene(rng, subject, style) for _ in range(12)]
         return Lesson(scenes, (trigger, style.split()[0]), kind, seed, batch)
     # Mostly plain, so that plain is how it looks when nothing is said.
-    styles = [Style()] * 6 + [random_style(rng) for _ in range(4)]
+    styles = [Style()] * 12 + [random_style(rng) for _ in range(8)]
     return Lesson([random_scene(rng, subject, style) for style in styles], (trigger,), kind, seed, batch)
 
 
