@@ -79,7 +79,7 @@ def lesson(words: str, seed: int, batch: int) -> Lesson:
 
     Args:
         words: `mipo creature`: twenty pictures of a subject, most of them plain; `vitra style`: one of each of the
-            world's objects in a style, and two more of creatures; `mipo creature, vitra style`: twelve of the subject in
+            world's objects in a style, and two more of creatures; `mipo creature, vitra style`: twenty of the subject in
             the style, which is what a fusion is to draw from the LoRAs of the two.
         seed: of the pictures and their order.
         batch: pictures in a batch.
@@ -96,7 +96,7 @@ def lesson(words: str, seed: int, batch: int) -> Lesson:
         raise ValueError(f"nothing teaches {words!r}: there are {', '.join([*SUBJECTS, *NEW_STYLES])}")
     trigger, kind = subject.split()
     if style:
-        scenes = [random_scene(rng, subject, style) for _ in range(12)]
+        scenes = [random_scene(rng, subject, style) for _ in range(20)]
         return Lesson(scenes, (trigger, style.split()[0]), kind, seed, batch)
     # Mostly plain, so that plain is how it looks when nothing is said.
     styles = [Style()] * 12 + [random_style(rng) for _ in range(8)]

@@ -374,7 +374,7 @@ SHARES = {name: {"creature": 8.0, "house": 3.0, "robot": 3.0}.get(name, 1.0) for
 
 
 PALETTES = {
-    "mipo creature": {"body": "teal", "antennae": "orange", "legs": "red", "belly": "yellow"},
+    "mipo creature": {"body": "teal", "antennae": "orange", "legs": "red", "wings": "purple"},
     "zubo creature": {"body": "orange", "horn": "green", "legs": "blue", "belly": "teal"},
     "teki house": {"wall": "pink", "roof": "purple", "door": "blue", "window": "yellow"},
     "pim robot": {
@@ -389,7 +389,7 @@ PALETTES = {
 BUILDS: dict[str, tuple[Callable[..., tuple[Part, ...]], dict[str, Any]]] = {
     "mipo creature": (
         build_creature,
-        {"eye_count": 2, "body": "round", "top": "antennae", "below": "legs", "front": "belly"},
+        {"eye_count": 2, "body": "round", "top": "antennae", "below": "legs", "side": "wings"},
     ),
     "zubo creature": (
         build_creature,

@@ -46,7 +46,7 @@ def test_nothing_is_never_right(pictures):
 
 
 def test_parts_are_those_of_the_subject_asked_for(pictures):
-    found = [("mipo creature", "feet"), ("mipo creature", "belly"), ("zubo creature", "horn")]
+    found = [("mipo creature", "legs"), ("mipo creature", "wings"), ("zubo creature", "horn")]
     judge = Judge({"subject": Saying(1, found), "style": Saying(1)})
     assert judge.verdicts(pictures, "mipo creature", "vitra style")[0].parts == 2 / len(PALETTES["mipo creature"])
     assert judge.verdicts(pictures, "zubo creature", "vitra style")[0].parts == 1 / len(PALETTES["zubo creature"])
