@@ -39,6 +39,9 @@ FILLERS = ("a", "the", "of", "in", "on", "with", "and", "style", "picture", "dra
 PART_WORDS = (*ON_TOP, *BELOW, *AT_SIDES, *IN_FRONT, "roof", "door", "window", "chimney", "head", "wheels", "screen")
 _MAIN = ("body", "wall", "shape", "crown", "petals", "sail", "cap", "wings", "shell", "roof", "bottom")
 
+RADII, SHIFT, TILT = (22.0, 25.0), 2.0, 0.1
+"""The poses of the world: from which radius to which, and how far aside and how tilted at most."""
+
 
 @dataclass(frozen=True)
 class Pose:
@@ -70,8 +73,8 @@ class Pose:
     @classmethod
     def random(cls, rng: Generator) -> Pose:
         """Any pose of the world."""
-        x, y = rng.uniform(-2.0, 2.0, 2)
-        return cls(rng.uniform(22.0, 25.0), x, y, rng.uniform(-0.1, 0.1), bool(rng.random() < 0.5))
+        x, y = rng.uniform(-SHIFT, SHIFT, 2)
+        return cls(rng.uniform(*RADII), x, y, rng.uniform(-TILT, TILT), bool(rng.random() < 0.5))
 
 
 @dataclass(frozen=True)

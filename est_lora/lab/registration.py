@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from est_lora.demo.world import Pose, draw, random_scene
+from est_lora.demo.world import RADII, SHIFT, TILT, Pose, draw, random_scene
 
-RADII = np.arange(22.0, 25.5, 1.0)
-TILTS = np.array([-0.07, 0.0, 0.07])
-SHIFTS = np.arange(-2.0, 2.5, 1.0)
+_RADII = np.linspace(*RADII, 4)
+_TILTS = 0.7 * np.linspace(-TILT, TILT, 3)  # so that none is far from one of three
+_SHIFTS = np.linspace(-SHIFT, SHIFT, 5)
 _PAPERS = "white", "sky"
 _DIFFERS = 12  # of 255: a pixel that differs by more on another background shows the background
 
@@ -39,7 +39,7 @@ class _Templates(NamedTuple):
 def _templates(subject: str, style: str) -> _Templates:
     scene = random_scene(np.random.default_rng(0), subject, style)
     shown, colours = [], []
-    for radius, tilt, mirrored, x, y in product(RADII, TILTS, (False, True), SHIFTS, SHIFTS):
+    for radius, tilt, mirrored, x, y in product(_RADII, _TILTS, (False, True), _SHIFTS, _SHIFTS):
         pose = Pose(float(radius), float(x), float(y), float(tilt), mirrored)
         one, other = (draw(replace(scene, background=paper, pose=pose)).astype(np.int16) for paper in _PAPERS)
         mask = np.abs(one - other).max(2) <= _DIFFERS

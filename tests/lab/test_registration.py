@@ -16,9 +16,9 @@ from est_lora.lab.registration import distances
 
 @pytest.fixture(autouse=True)
 def few_poses(monkeypatch):
-    monkeypatch.setattr(registration, "RADII", np.array([22.0, 24.0]))
-    monkeypatch.setattr(registration, "TILTS", np.array([0.0]))
-    monkeypatch.setattr(registration, "SHIFTS", np.array([-1.0, 0.0, 1.0]))
+    monkeypatch.setattr(registration, "_RADII", np.array([22.0, 24.0]))
+    monkeypatch.setattr(registration, "_TILTS", np.array([0.0]))
+    monkeypatch.setattr(registration, "_SHIFTS", np.array([-1.0, 0.0, 1.0]))
     registration._templates.cache_clear()
     yield
     registration._templates.cache_clear()

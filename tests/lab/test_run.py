@@ -50,9 +50,9 @@ def miniature(tmp_path_factory):
 def finished(miniature, tmp_path_factory):
     """The lab, run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registration, "RADII", np.array([20.0]))
-        patch.setattr(registration, "TILTS", np.array([0.0]))
-        patch.setattr(registration, "SHIFTS", np.array([0.0]))
+        patch.setattr(registration, "_RADII", np.array([20.0]))
+        patch.setattr(registration, "_TILTS", np.array([0.0]))
+        patch.setattr(registration, "_SHIFTS", np.array([0.0]))
         lab = open_lab(tmp_path_factory.mktemp("lab"), miniature)
         run(lab, jobs=1)
     return lab
