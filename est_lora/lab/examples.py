@@ -90,7 +90,7 @@ def corrupted(picture: np.ndarray, rng: Generator) -> np.ndarray:
 def unsteady(scene: Scene, rng: Generator) -> Scene:
     """The same as an unsteady hand draws it: its edges wobble by up to some 2 pixels, patterns don't."""
     waves = rng.uniform(3.0, 16.0, (8, 1)) * _directions(rng, 8)  # radians to a unit
-    phases, moves = rng.uniform(0, 2 * np.pi, 8), rng.uniform(0, 0.03) * _directions(rng, 8)
+    phases, moves = rng.uniform(0, 2 * np.pi, 8), rng.uniform(0, 0.045) * _directions(rng, 8)
 
     def wobbled(points: np.ndarray) -> np.ndarray:
         steps = np.linspace(0, 1, 24 // len(points) + 1, endpoint=False)[:, None]
