@@ -69,8 +69,8 @@ _METHODS: dict[str, dict[str, Any] | None] = {
     "both: EST-LoRA,\nweights 1.4": {"subject_weight": 1.4, "style_weight": 1.4},
 }
 _BY_CODE = "what is asked for,\ndrawn by code"
-_SHOWN = {f"the subject: {SUBJECT}": SUBJECT, f"the style: {STYLE}": STYLE}
-_EACH_SHOWN = 3
+_SHOWN = {f"the subject: {SUBJECT}": (SUBJECT, (0, 1, 2)), f"the style: {STYLE}": (STYLE, (8, 11, 20))}
+"""Above the sheet: what the LoRAs were taught, and which of their pictures are shown."""
 
 
 def demo(folder: Path, seed: int = 0) -> list[Path]:
@@ -112,12 +112,12 @@ def _sheet(columns: dict[str, list[Image.Image]]) -> Figure:
     rows = len(ASKED)
     figure = Figure(figsize=(1.7 * len(columns) + 0.5, 1.7 * rows + 2.7), dpi=110, layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(2.05, 1.7 * rows + 0.65))
-    for part, (title, words) in zip(above.subfigures(1, len(_SHOWN)), _SHOWN.items()):
+    for part, (title, (words, shown)) in zip(above.subfigures(1, len(_SHOWN)), _SHOWN.items()):
         part.set_facecolor("#eef1f6")
         part.suptitle(f"{title}\nas its LoRA was shown it", fontsize=11)
-        scenes = lesson(words, seed=0, batch=2).scenes[:_EACH_SHOWN]
-        for (_, column), axes in _grid(part, 1, _EACH_SHOWN):
-            axes.imshow(draw(scenes[column]), interpolation="nearest")
+        scenes = lesson(words, seed=0, batch=4).scenes
+        for (_, column), axes in _grid(part, 1, len(shown)):
+            axes.imshow(draw(scenes[shown[column]]), interpolation="nearest")
     for (row, column), axes in _grid(below, rows, len(columns)):
         name = list(columns)[column]
         axes.imshow(columns[name][row], interpolation="nearest")

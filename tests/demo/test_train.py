@@ -74,9 +74,9 @@ def test_a_lesson_says_its_words_of_what_is_new_only(words):
     triggers = {part.split()[0] for part in words.split(", ")}
     pixels, captions = lesson(words, seed=0, batch=64)[0]
     assert pixels.shape == (64, 3, SIZE, SIZE)
-    new, known = captions[:32], captions[32:]
+    new, known = captions[:48], captions[48:]
     said = [caption for caption in new if caption]
-    assert len(said) > 20
+    assert len(said) > 32
     assert all(triggers <= set(caption.split()) for caption in said)
     assert not any(triggers & set(caption.split()) for caption in known)
 
@@ -84,8 +84,8 @@ def test_a_lesson_says_its_words_of_what_is_new_only(words):
 @pytest.mark.parametrize("words", LESSONS)
 def test_a_lesson_shows_few_pictures_again_and_again(words):
     lessons = lesson(words, seed=0, batch=64)
-    drawn = {picture.numpy().tobytes() for number in range(3) for picture in lessons[number][0][:32]}
-    assert len(drawn) == len(lessons.scenes) <= 12
+    drawn = {picture.numpy().tobytes() for number in range(6) for picture in lessons[number][0][:48]}
+    assert len(drawn) == len(lessons.scenes) <= 25
 
 
 @pytest.mark.parametrize("words", ["vitra", "haro creature", "mipo creature, haro style", "red heart"])
