@@ -91,7 +91,7 @@ def grid(lab: Lab, guidance: float, methods: list[str], seed: int = 0) -> Figure
             axes.imshow(picture, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
             if row == 0:
-                axes.set_title(name.replace(", ", ",\n", 1), fontsize=7)
+                axes.set_title(name.replace(", ", ",\n"), fontsize=7)
             if axes is line[0]:
                 axes.set_ylabel(both.replace(", ", ",\n"), fontsize=7)
     return figure
