@@ -70,7 +70,7 @@ _METHODS: dict[str, dict[str, Any] | None] = {
 }
 _BY_CODE = "what is asked for,\ndrawn by code"
 _SHOWN = {f"the subject: {SUBJECT}": (SUBJECT, (0, 1, 2)), f"the style: {STYLE}": (STYLE, (8, 11, 20))}
-"""Above the sheet: what the LoRAs were taught, and which of their pictures are shown."""
+"""Above the sheet: what the LoRAs were taught, and which of their pictures are shown (of the style a fish, a car, a house)."""
 
 
 def demo(folder: Path, seed: int = 0) -> list[Path]:

@@ -62,7 +62,8 @@ def test_a_thing_is_in_the_picture_and_hardly_cut_off(thing):
         painted = np.abs(picture - paper).max(-1) > 20
         assert 0.05 < painted.mean() < 0.7
         edges = np.concatenate([painted[0], painted[-1], painted[:, 0], painted[:, -1]])
-        assert edges.mean() < 0.23  # the largest creatures lose their soles and the tips of their wings
+        # Tall things of the world lose their soles and tips, and mipo those of its wings.
+        assert edges.mean() < (0.23 if thing == "mipo creature" else 0.105 if thing in SUBJECTS else 0.18)
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
