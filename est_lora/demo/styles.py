@@ -89,7 +89,7 @@ _PATTERNS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 NEW_STYLES: dict[str, Style] = {
     "vitra style": Style("checked", "inked", "full"),
     "quen style": Style("barred", "inked", "full"),
-    "osk style": Style("striped", "inked", "pastel"),
+    "osk style": Style("striped", "inked", "dim"),
     "lorf style": Style("dotted", "unlined", "dim"),
 }
 """What LoRAs teach. As a subject is a combination of known parts, each is a combination of what the base knows by words,
