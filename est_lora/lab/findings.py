@@ -160,25 +160,26 @@ def _mean(values: Iterable[float]) -> float:
 def _scores(protocol: Protocol, records: Records, guidance: float) -> list[Score]:
     found = {
         method: {
-            what: np.array([records[("cell", *pair, method, guidance)][what] for pair in protocol.pairs], float)
+            what: np.array(
+                [records[("cell", *pair, method, guidance)][what] for pair in protocol.pairs], float
+            ).reshape(len(protocol.kinds), -1)
             for what in ("subject", "style", "parts", "distance")
         }
         for method in protocol.methods
     }
-    draws = _draws(len(protocol.pairs), protocol.sampling_seeds)
     plain, shipped = _both(found[PLAIN_SUM]), _both(found[SHIPPED])
     return [
         Score(
             method,
             *(
-                _interval(draws, each["subject"]),
-                _interval(draws, each["style"]),
-                _interval(draws, _both(each)),
-                _interval(draws, each["subject"], each["style"], of=_harmonic),
-                _interval(draws, each["parts"]),
-                _interval(draws, each["distance"]),
-                _interval(draws, _both(each) - plain),
-                _interval(draws, shipped - _both(each)),
+                _interval(each["subject"]),
+                _interval(each["style"]),
+                _interval(_both(each)),
+                _interval(each["subject"], each["style"], of=_harmonic),
+                _interval(each["parts"]),
+                _interval(each["distance"]),
+                _interval(_both(each) - plain),
+                _interval(shipped - _both(each)),
             ),
         )
         for method, each in found.items()
@@ -195,22 +196,14 @@ def _harmonic(means: Sequence[Values]) -> Values:
     return np.where(total > 0, 2 * one * other / np.where(total > 0, total, 1), 0.0)
 
 
-def _draws(clusters: int, seeds: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Clusters (a pair and a training), and in each of them sampling seeds, drawn anew with repetition."""
-    rng = np.random.default_rng(0)
-    return (
-        rng.integers(clusters, size=(_RESAMPLES, clusters, 1)),
-        rng.integers(seeds, size=(_RESAMPLES, clusters, seeds)),
-    )
+def _interval(*values: Values, of: Callable[[Sequence[Values]], Values] = lambda means: means[0]) -> Interval:
+    """Of values with shape (pairs, pictures of each).
 
-
-def _interval(
-    draws: tuple[NDArray[np.int64], NDArray[np.int64]],
-    *values: Values,
-    of: Callable[[Sequence[Values]], Values] = lambda means: means[0],
-) -> Interval:
-    """Of values with shape (clusters, seeds)."""
+    Pairs are drawn anew with repetition, each with all its pictures: these share its LoRAs and are alike, so a picture more
+    of the same pair tells less than one of another.
+    """
+    drawn = np.random.default_rng(0).integers(len(values[0]), size=(_RESAMPLES, len(values[0])))
     mean = of([np.array(each.mean()) for each in values])
-    again = of([each[draws].mean((1, 2)) for each in values])
+    again = of([each.mean(1)[drawn].mean(1) for each in values])
     low, high = np.quantile(again, (0.025, 0.975))
     return Interval(float(mean), float(low), float(high))

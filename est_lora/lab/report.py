@@ -54,9 +54,9 @@ How often one LoRA that was taught a pair's true pictures has the subject, and t
 
 
 _COLUMNS_MEAN = """\
-Shares of pictures, with 95 % intervals over pairs, training seeds and sampling seeds. Parts: the share of the subject's
-parts that are there in their colours. Distance: to the true picture, on its foreground, wherever the object stands (0 to 1).
-The last column is what a method has more of both right than the plain sum."""
+Shares of pictures, with 95 % intervals over pairs, each with the pictures of all its trainings and sampling seeds. Parts:
+the share of the subject's parts that are there in their colours. Distance: to the true picture, on its foreground, wherever
+the object stands (0 to 1). The last column is what a method has more of both right than the plain sum."""
 
 
 def write(lab: Lab, folder: Path) -> list[Path]:
