@@ -310,10 +310,10 @@ def _other_style(rng: Generator) -> Style:
 
 
 STYLE_KINDS: dict[str, tuple[float, Callable[[str, Generator], np.ndarray]]] = {
-    "the style": (0.40, _styled),
-    "half-styled": (0.15, _half_styled),
-    "nearly the style": (0.20, _near_miss),
-    "a style of the world": (0.25, _old_style),
+    "the style": (0.30, _styled),
+    "half-styled": (0.20, _half_styled),
+    "nearly the style": (0.30, _near_miss),
+    "a style of the world": (0.20, _old_style),
 }
 """How often the style's judge sees what, and how it is made."""
 
