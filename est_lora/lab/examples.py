@@ -291,11 +291,11 @@ def _extent(part: Part) -> float:
 
 
 def _near_miss(style: str, rng: Generator) -> np.ndarray:
-    """In what has one thing else than the style: its fill, its line or its tone."""
+    """In what has one thing else than the style, its fill, its line or its tone, and isn't another LoRA's style."""
     what = str(rng.choice(["fill", "line", "tone"]))
-    own = NEW_STYLES[style]
-    others = {"fill": FILLS, "line": LINES, "tone": tuple(TONES)}[what]
-    other = replace(own, **{what: str(rng.choice([name for name in others if name != getattr(own, what)]))})
+    names = {"fill": FILLS, "line": LINES, "tone": tuple(TONES)}[what]
+    others = [replace(NEW_STYLES[style], **{what: name}) for name in names]
+    other = others[rng.choice([i for i, one in enumerate(others) if one not in NEW_STYLES.values()])]
     return draw(_anything(rng, other))
 
 
@@ -310,10 +310,10 @@ def _other_style(rng: Generator) -> Style:
 
 
 STYLE_KINDS: dict[str, tuple[float, Callable[[str, Generator], np.ndarray]]] = {
-    "the style": (0.30, _styled),
-    "half-styled": (0.20, _half_styled),
-    "nearly the style": (0.30, _near_miss),
-    "a style of the world": (0.20, _old_style),
+    "the style": (0.40, _styled),
+    "half-styled": (0.15, _half_styled),
+    "nearly the style": (0.20, _near_miss),
+    "a style of the world": (0.25, _old_style),
 }
 """How often the style's judge sees what, and how it is made."""
 

@@ -11,6 +11,7 @@ import pytest
 
 from est_lora.demo.styles import NEW_STYLES, SIZE
 from est_lora.demo.things import PALETTES, SUBJECTS
+from est_lora.lab import examples
 from est_lora.lab.examples import (
     NOTHING,
     PARTS,
@@ -29,9 +30,9 @@ def rng():
 
 @pytest.mark.parametrize("kind", SUBJECT_KINDS)
 def test_only_the_subject_itself_is_answered_by_its_name(rng, kind):
-    examples = [subject_example(rng, kind) for _ in range(30)]
-    assert all(example.picture.shape == (SIZE, SIZE, 3) for example in examples)
-    answers = {example.answer for example in examples}
+    made = [subject_example(rng, kind) for _ in range(30)]
+    assert all(example.picture.shape == (SIZE, SIZE, 3) for example in made)
+    answers = {example.answer for example in made}
     assert answers == (set(SUBJECTS) if kind == "the subject" else {NOTHING})
 
 
@@ -63,6 +64,19 @@ def test_a_part_of_another_kind_is_the_only_one_that_is_wrong(rng):
 def test_only_the_style_itself_is_answered_by_its_name(rng, kind):
     answers = {style_example(rng, kind).answer for _ in range(40)}
     assert answers == (set(NEW_STYLES) if kind == "the style" else {NOTHING})
+
+
+def test_what_is_nearly_a_style_is_one_thing_off_and_no_other_style_that_is_asked_for(rng, monkeypatch):
+    drawn = []
+    anything = examples._anything
+    monkeypatch.setattr(examples, "_anything", lambda rng, style: anything(rng, drawn.append(style) or style))
+    for _ in range(200):
+        style_example(rng, "nearly the style")
+    assert not set(drawn) & set(NEW_STYLES.values())
+    for style in drawn:
+        own = (style.fill, style.line, style.tone)
+        others = [(one.fill, one.line, one.tone) for one in NEW_STYLES.values()]
+        assert any(sum(a != b for a, b in zip(own, other)) == 1 for other in others)
 
 
 def test_kinds_come_as_often_as_they_say():
