@@ -112,7 +112,9 @@ class Page:
 
     def set(self, key: str, value: object) -> None:
         """Sets a knob: a number beside a slider, a text, one of several words, or (`True`, `False`) a box."""
-        part = self.find(self._of(key))
+        self._fill(self.find(self._of(key)), value)
+
+    def _fill(self, part: WebElement, value: object) -> None:
         boxes = part.find_elements(By.CSS_SELECTOR, "input[type=checkbox]")
         if isinstance(value, bool) and boxes:
             if boxes[0].is_selected() != value:
@@ -172,6 +174,21 @@ class Page:
         """Goes to one of the host's tabs by its name."""
         tabs = self.driver.find_elements(By.CSS_SELECTOR, "#tabs > .tab-nav > button")
         next(button for button in tabs if button.text.strip().lower() == words.lower()).click()
+
+    def settings(self, section: str) -> None:
+        """Goes to a section of the host's settings by its name."""
+        self.tab_of("Settings")
+        sections = "#settings > .tab-nav > button"
+        self.until(lambda: self.is_there(sections), "the settings are there")
+        buttons = self.driver.find_elements(By.CSS_SELECTOR, sections)
+        next(button for button in buttons if button.text.strip() == section).click()
+
+    def apply_settings(self, **values: object) -> None:
+        """Sets some of the section that is shown, by their keys, and applies them."""
+        for key, value in values.items():
+            self._fill(self.find(f"#setting_{key}"), value)
+        self.click("#settings_submit")
+        self.until(lambda: "settings changed" in self.find("#settings_result").text, "they are applied")
 
     def paste(self, infotext: str) -> None:
         """Has the host read parameters from the prompt."""

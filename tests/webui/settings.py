@@ -8,6 +8,8 @@ DEFAULTS = {
     "lean": 0.0,
     "beta": "auto",
     "save_map": False,
+    "originals": "on the same device",
+    "log": "warnings",
     "extractor_folder": "",
     "probe_side": 0,
     "probe_steps": 7,

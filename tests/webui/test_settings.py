@@ -32,6 +32,18 @@ def test_a_setting_counts_where_nobody_says_otherwise(webui, sd15):
     assert "EST-LoRA lean: -0.5" in info["infotexts"][0]
 
 
+@pytest.mark.usefixtures("sd15")
+def test_the_page(page, webui):
+    """What is set and applied in the browser counts for the next picture, without a restart."""
+    names = pair(webui)
+    given, usual = webui.picture(est=est(*names, lean=-0.5, engine="branch")), webui.picture(est=est(*names))
+    with settings(webui, lean=None, originals=None, log=None):  # they are the defaults again afterwards
+        page.settings("EST-LoRA")
+        page.apply_settings(est_lora_lean=-0.5, est_lora_originals="nowhere: don't merge", est_lora_log="every fusion")
+        assert np.array_equal(webui.picture(est=est(*names)), given)
+    assert np.array_equal(webui.picture(est=est(*names)), usual)
+
+
 def test_the_map_is_saved_beside_the_picture(webui, sd15):
     names = pair(webui)
 
