@@ -106,6 +106,7 @@ def test_the_report_has_every_gate_and_no_ranking_where_one_fails(finished, tmp_
     assert {path.name for path in paths} == {report.PAGE, "lab-grid-1.png"}
     assert all(gate.name in page for gate in found.gates)
     assert "no method is ranked" in page
+    assert "What LoRAs alone lacked" in page
     assert "both right" not in page
     assert all(name in page for name in re.findall(r"\]\((lab-[^)]*)\)", page))
 
@@ -130,6 +131,7 @@ def test_with_all_gates_open_methods_are_ranked_by_what_was_found(finished, tmp_
     cells = [cell.split(" (")[0] for cell in row.strip("| ").split(" | ")]
     assert cells[1:5] == ["0.50", "1.00", "0.67", "0.50"]
     assert page.count("\n| EST") == 3
+    assert "What LoRAs alone lacked" not in page
     assert "with the extension's defaults (EST, measured D) 0.00 of the pictures have both right" in page
     assert "style alone (-0.50)" in page
 
