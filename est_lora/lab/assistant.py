@@ -18,13 +18,14 @@ from est_lora.demo.things import THINGS
 from est_lora.demo.train import train_lora
 from est_lora.demo.world import Pose
 from est_lora.discrepancy import Memory
+from est_lora.gate import STYLE, SUBJECT, FusionPlan
 from est_lora.hosts.diffusers import load_plan
 from est_lora.hosts.measuring import measure
 from est_lora.lab.drawing import draw, pipeline, prompt_of, true_picture
 from est_lora.lab.examples import corrupted
 from est_lora.lab.folder import Key, Lab
 from est_lora.lab.judge import QUESTIONS, Judge, trained
-from est_lora.lab.methods import plan_of
+from est_lora.lab.methods import halved, plan_of
 from est_lora.lab.registration import distances
 
 _UNSEEN = 1_000_003  # seeds from here on were in no training
@@ -61,6 +62,7 @@ class Assistant:
             "extractor": self.train_extractor,
             "lora": self.train_lora,
             "single": self.test_lora,
+            "half": self.test_half,
             "drawn by code": self.judge_drawn_by_code,
             "ceiling": self.test_ceiling,
             "discrepancy": self.measure,
@@ -89,17 +91,13 @@ class Assistant:
 
     def test_lora(self, words: str, training: int, guidance: float) -> Found:
         """How often a LoRA draws alone what it was taught."""
-        is_subject = words in self.protocol.subjects
-        path, seeds = str(self.lab.lora(words, training)), range(self.protocol.single_pictures)
-        method = "subject" if is_subject else "style"
-        plan = load_plan(FusionConfig(subject=path, style=path, method=method), self.pipe)
-        asked = [f"{words}, plain" if is_subject else f"{_object(seed)}, {words}" for seed in seeds]
-        prompts = [prompt_of(each, seed) for each, seed in zip(asked, seeds)]
-        pictures = draw(self.pipe, prompts, seeds, self.protocol.steps, guidance, plan)
-        verdicts = self.judge.verdicts(pictures, words, words)
-        self._keep(pictures[: self.protocol.sampling_seeds], "single", words, training, guidance)
-        right = [verdict.subject if is_subject else verdict.style for verdict in verdicts]
-        return {"right": float(np.mean(right))}
+        seeds = range(self.protocol.single_pictures)
+        return self._alone(self._plan_alone(words, training), seeds, "single", words, training, guidance)
+
+    def test_half(self, words: str, training: int, guidance: float, of: str) -> Found:
+        """The same of half a LoRA, which is what routing leaves of it."""
+        plan = halved(self._plan_alone(words, training), of, _number(words, training, of))
+        return self._alone(plan, self.seeds, "half", words, training, guidance, of)
 
     def judge_drawn_by_code(self, both: str) -> Found:
         """What the judge says of true pictures."""
@@ -138,6 +136,22 @@ class Assistant:
         return self._judged(pictures, subject, style, "cell", subject, style, training, method, guidance)
 
     # ---- what they share
+
+    def _plan_alone(self, words: str, training: int) -> FusionPlan:
+        path, method = str(self.lab.lora(words, training)), SUBJECT if words in self.protocol.subjects else STYLE
+        return load_plan(FusionConfig(subject=path, style=path, method=method), self.pipe)
+
+    def _alone(self, plan: FusionPlan, seeds: range, *key: Any) -> Found:
+        """How often one file draws what it teaches; some of the pictures are kept under a key."""
+        _, words, _, guidance, *_ = key
+        is_subject = words in self.protocol.subjects
+        asked = [f"{words}, plain" if is_subject else f"{_object(seed)}, {words}" for seed in seeds]
+        prompts = [prompt_of(each, seed) for each, seed in zip(asked, seeds)]
+        pictures = draw(self.pipe, prompts, seeds, self.protocol.steps, guidance, plan)
+        verdicts = self.judge.verdicts(pictures, words, words)
+        self._keep(pictures[: self.protocol.sampling_seeds], *key)
+        right = [verdict.subject if is_subject else verdict.style for verdict in verdicts]
+        return {"right": float(np.mean(right))}
 
     def _drawn(self, words: str, guidance: float, plan: Any) -> list[np.ndarray]:
         prompts = [prompt_of(words, seed) for seed in self.seeds]

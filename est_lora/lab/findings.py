@@ -10,12 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from est_lora.lab.folder import Lab, Records
+from est_lora.lab.methods import HALVES
 from est_lora.lab.protocol import Protocol
 
 _RESAMPLES = 1000
 PLAIN_SUM = "sum 1/1"
 SHIPPED = "EST, measured D"
 """What the extension does if nothing is changed."""
+WHOLE = "whole"
 
 Values = NDArray[np.float64]
 
@@ -85,6 +87,7 @@ class Findings:
         loras: of each file its words, its rank, its alpha and `||dW||^2 / ||W||^2`.
         ceilings: of each pair, how often the LoRA of its true pictures has the subject, and the style, by guidance scale.
         discrepancies: of each pair and training its `D`.
+        alone: by guidance scale, of what each LoRA teaches how often it draws it alone: whole, and with each half left out.
     """
 
     gates: list[Gate]
@@ -92,6 +95,7 @@ class Findings:
     loras: dict[str, dict[str, float | str]]
     ceilings: dict[str, dict[float, tuple[float, float]]]
     discrepancies: dict[tuple[str, str, int], float]
+    alone: dict[float, dict[str, dict[str, float]]]
 
     def shut(self, guidance: float) -> list[Gate]:
         """The gates that don't hold at a guidance scale; methods are ranked at it only where there are none."""
@@ -112,19 +116,27 @@ class Findings:
             both: {guidance: _right(records["ceiling", both, guidance]) for guidance in protocol.guidances}
             for both in map(", ".join, protocol.kinds)
         }
-        return cls(_gates(protocol, records), scores, loras, ceilings, measured)
+        alone = {guidance: _alone(protocol, records, guidance) for guidance in protocol.guidances}
+        return cls(_gates(protocol, records, alone), scores, loras, ceilings, measured, alone)
 
 
-def _gates(protocol: Protocol, records: Records) -> list[Gate]:
+def _alone(protocol: Protocol, records: Records, guidance: float) -> dict[str, dict[str, float]]:
+    trainings = range(len(protocol.trainings))
+
+    def right(what: str, words: str, *of: str) -> float:
+        return _mean(records[(what, words, training, guidance, *of)]["right"] for training in trainings)
+
+    return {
+        words: {WHOLE: right("single", words), **{of: right("half", words, of) for of in HALVES}}
+        for words in (*protocol.subjects, *protocol.styles)
+    }
+
+
+def _gates(protocol: Protocol, records: Records, alone: dict[float, dict[str, dict[str, float]]]) -> list[Gate]:
     kinds = [f"{subject}, {style}" for subject, style in protocol.kinds]
     gates = []
     for guidance in protocol.guidances:
-        single = {
-            words: _mean(
-                records["single", words, training, guidance]["right"] for training in range(len(protocol.trainings))
-            )
-            for words in (*protocol.subjects, *protocol.styles)
-        }
+        single = {words: shares[WHOLE] for words, shares in alone[guidance].items()}
         ceiling = {
             f"one LoRA of the true pictures, {what}": _mean(
                 np.mean(records["ceiling", both, guidance][what]) for both in kinds

@@ -20,6 +20,7 @@ from typing import Any
 
 from est_lora.demo.train import Recipe
 from est_lora.errors import EstLoraError, quote
+from est_lora.lab.methods import HALVES
 from est_lora.lab.protocol import Protocol
 from est_lora.stored import write_whole
 
@@ -52,6 +53,7 @@ class Lab:
         protocol = self.protocol
         kinds = [f"{subject}, {style}" for subject, style in protocol.kinds]
         words = (*protocol.subjects, *protocol.styles)
+        alone = list(product(words, range(len(protocol.trainings)), protocol.guidances))
         return {
             "training": [
                 *(("judge", name) for name in ("subject", "style")),
@@ -59,7 +61,8 @@ class Lab:
                 *(("lora", name) for name in self.recipes),
             ],
             "testing": [
-                *(("single", *each) for each in product(words, range(len(protocol.trainings)), protocol.guidances)),
+                *(("single", *each) for each in alone),
+                *(("half", *each, of) for each in alone for of in HALVES),
                 *(("drawn by code", both) for both in kinds),
                 *(("ceiling", *each) for each in product(kinds, protocol.guidances)),
                 *(("discrepancy", *pair) for pair in protocol.pairs),

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.random import Generator
 
 from est_lora.config import FusionConfig
-from est_lora.gate import STYLE, SUBJECT, FusionPlan
+from est_lora.gate import NONE, STYLE, SUBJECT, FusionPlan
 from est_lora.gate.schedule import Segment, Segments
 from est_lora.hosts.diffusers import load_plan
 
@@ -54,5 +54,36 @@ def plan_of(method: dict[str, Any], subject: Path, style: Path, pipe: Any, discr
     layers = tuple(
         dataclasses.replace(layer, segments=LAYERS_BY[layers_by](rng)) if layer.gated else layer
         for layer in plan.layers
+    )
+    return dataclasses.replace(plan, layers=layers)
+
+
+def _some_layers(acts: str, rng: Generator) -> Segments:
+    return (Segment(0.0, acts if rng.random() < 0.5 else NONE),)
+
+
+def _some_time(acts: str, rng: Generator) -> Segments:
+    first, second = (acts, NONE) if acts == SUBJECT else (NONE, acts)
+    return Segment(0.0, first), Segment(_HALF_TIME, second)
+
+
+HALVES: dict[str, Callable[[str, Generator], Segments]] = {
+    "half of the layers": _some_layers,
+    "half of the time": _some_time,
+}
+"""What routing leaves of a file: layers chosen by chance, or a part of the time, a subject the first, a style the second."""
+
+
+def halved(plan: FusionPlan, of: str, seed: int) -> FusionPlan:
+    """The plan of one file alone, with half of what it did.
+
+    Args:
+        plan: of the whole.
+        of: a key of `HALVES`.
+        seed: of what is left to chance.
+    """
+    rng = np.random.default_rng(seed)
+    layers = tuple(
+        dataclasses.replace(layer, segments=HALVES[of](layer.segments[0].acts, rng)) for layer in plan.layers
     )
     return dataclasses.replace(plan, layers=layers)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from est_lora.lab import plots
-from est_lora.lab.findings import SHIPPED, Findings, Gate, Interval, Score
+from est_lora.lab.findings import SHIPPED, WHOLE, Findings, Gate, Interval, Score
 from est_lora.lab.folder import Lab
+from est_lora.lab.methods import HALVES
 
 PAGE = "lab.md"
 
@@ -34,6 +37,14 @@ in wrong colours, a part missing, half an object in the style, nearly the style.
 {may_rank}
 
 {comparison}
+
+## What half a file can do
+
+A method that gives each layer or each step to one of two files leaves each of them about half of what it did. So often does a
+file draw alone what it teaches: whole; in half of its layers, chosen by chance; in half of the time, a subject in the first
+half, a style in the second.
+
+{halves}
 
 ## For the eye
 
@@ -101,6 +112,7 @@ def page(lab: Lab, found: Findings, pictures: list[str]) -> str:
         gates=_gate_table(found.gates),
         may_rank=_may_rank(found),
         comparison=_comparison(found, pictures),
+        halves=_half_table(found),
         grids="\n\n".join(f"![{name}]({name})" for name in pictures if "grid" in name),
         ceilings=_ceiling_table(found),
         loras=_lora_table(found),
@@ -135,7 +147,8 @@ def _comparison(found: Findings, pictures: list[str]) -> str:
     if not ranked:
         return "What was drawn is below, for the eye."
     parts = ["## In short", ""]
-    parts += [f"- {_in_short(guidance, scores)}" for guidance, scores in ranked.items()]
+    for guidance, scores in ranked.items():
+        parts += [f"- {_in_short(guidance, scores)}", f"- {_of_halves(guidance, found.alone[guidance])}"]
     parts += ["", "## The comparison", "", _COLUMNS_MEAN]
     for guidance, scores in ranked.items():
         parts += ["", f"### Guidance {guidance:g}", "", _score_table(scores), ""]
@@ -158,6 +171,25 @@ def _in_short(guidance: float, scores: list[Score]) -> str:
         f"Guidance {guidance:g}: with the extension's defaults ({SHIPPED}) {shipped.both.mean:.2f} of the pictures have both"
         f" right. That is {compared}."
     )
+
+
+def _of_halves(guidance: float, alone: dict[str, dict[str, float]]) -> str:
+    """Why that may be."""
+    whole, layers, time = (np.mean([shares[of] for shares in alone.values()]) for of in (WHOLE, *HALVES))
+    return (
+        f"Guidance {guidance:g}: alone, files draw what they teach in {whole:.2f} of the pictures; with half of their layers"
+        f" left out, by chance, in {layers:.2f}, and with half of the time left out in {time:.2f}. That is what routing"
+        " leaves of them."
+    )
+
+
+def _half_table(found: Findings) -> str:
+    columns = [f"{name}, guidance {guidance:g}" for guidance in found.alone for name in (WHOLE, *HALVES)]
+    rows = [f"| teaches | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
+    for words in next(iter(found.alone.values())):
+        figures = [f"{share:.2f}" for alone in found.alone.values() for share in alone[words].values()]
+        rows.append(f"| {words} | {' | '.join(figures)} |")
+    return "\n".join(rows)
 
 
 def _score_table(scores: list[Score]) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from est_lora.demo.model import STYLE_LORA, SUBJECT_LORA
-from est_lora.gate import STYLE, SUBJECT
-from est_lora.lab.methods import plan_of
+from est_lora.gate import NONE, STYLE, SUBJECT
+from est_lora.lab.methods import halved, plan_of
 
 
 def plan(method, seed=0, discrepancy=0.9):
@@ -26,6 +26,21 @@ def test_by_chance_a_layer_is_one_files_for_the_whole_picture():
     again, other = (plan({"layers_by": "chance"}, seed=seed).layers for seed in (3, 4))
     acting = [[layer.acts(0.0) for layer in each] for each in (layers, again, other)]
     assert acting[0] == acting[1] != acting[2]
+
+
+@pytest.mark.parametrize("method", [SUBJECT, STYLE])
+def test_half_the_layers_act_all_the_time_and_the_others_never(method):
+    whole = plan({"method": method})
+    acting = [(layer.acts(0.0), layer.acts(1.0)) for layer in halved(whole, "half of the layers", 0).layers]
+    assert set(acting) == {(method, method), (NONE, NONE)}
+    assert 0.3 < acting.count((NONE, NONE)) / len(acting) < 0.7
+
+
+@pytest.mark.parametrize(("method", "acts"), [(SUBJECT, (SUBJECT, NONE)), (STYLE, (NONE, STYLE))])
+def test_half_the_time_is_the_half_that_routing_gives_it(method, acts):
+    layers = halved(plan({"method": method}), "half of the time", 0).layers
+    assert layers
+    assert all((layer.acts(0.49), layer.acts(0.5)) == acts for layer in layers)
 
 
 def test_the_discrepancy_counts_only_where_it_is_beta():

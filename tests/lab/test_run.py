@@ -134,6 +134,12 @@ def test_with_all_gates_open_methods_are_ranked_by_what_was_found(finished, tmp_
     assert "What LoRAs alone lacked" not in page
     assert "with the extension's defaults (EST, measured D) 0.00 of the pictures have both right" in page
     assert "style alone (-0.50)" in page
+    halves = [finished.records["half", words, 0, 1.0, "half of the time"] for words in ("mipo creature", "vitra style")]
+    monkeypatch.setitem(halves[0], "right", 0.75)
+    monkeypatch.setitem(halves[1], "right", 0.25)
+    page = report.write(finished, tmp_path)[0].read_text()
+    assert "with half of the time left out in 0.50." in page
+    assert re.search(r"\| mipo creature \| [\d.]+ \| [\d.]+ \| 0\.75 \|", page)
 
 
 def test_the_command_reports_from_a_folder(finished, tmp_path, capsys):
