@@ -110,7 +110,7 @@ class Findings:
         """
         protocol, records = lab.protocol, lab.records
         scores = {guidance: _scores(protocol, records, guidance) for guidance in protocol.guidances}
-        loras = {key[1]: entry for key, entry in records.entries.items() if key[0] == "lora"}
+        loras = {name: records["lora", name] for name in lab.recipes}
         measured = {key[1:]: entry["value"] for key, entry in records.entries.items() if key[0] == "discrepancy"}
         ceilings = {
             both: {guidance: _right(records["ceiling", both, guidance]) for guidance in protocol.guidances}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,8 +21,8 @@ _PAGE = """\
 Measured on the embedded model (64 x 64 pixels), in a world that is drawn by code, so that of every subject in every
 style the true picture exists. {pairs} pairs ({subjects} subjects x {styles} styles), each with {trainings} pairs of LoRAs
 from different training seeds, ranks and scales, {seeds} pictures of {steps} steps for each pair, method and guidance scale.
-What is compared was fixed in a [file](../est_lora/lab/protocol.json) before. All of this, every figure included, is written
-by two commands:
+What is compared was fixed in a [file](../est_lora/lab/protocol.json) before this run; smaller ones came before it, to get the
+gates below to hold. All of this, every figure included, is written by two commands:
 
     est-lora lab run
     est-lora lab report -o docs
@@ -74,6 +75,9 @@ usual one. More pictures of what is taught helped, and a larger share of them in
 tones far from the usual one, and more steps for a subject of rank 4; higher ranks did not. What helps most is a guidance
 scale above 1: without it a model as small as this one leaves parts out."""
 
+_SAVED: dict[str, dict[str, Any]] = {".png": {"metadata": {"Software": None}}, ".jpg": {}}
+"""How plots and grids are saved; a grid is of so many pictures that a PNG would be three times as large."""
+
 
 def write(lab: Lab, folder: Path) -> list[Path]:
     """Writes the page and its pictures into a folder; returns their paths.
@@ -85,7 +89,7 @@ def write(lab: Lab, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = dict(_figures(lab, found))
     for name, figure in drawn.items():
-        figure.savefig(folder / name, metadata={"Software": None})
+        figure.savefig(folder / name, **_SAVED[Path(name).suffix])
     (folder / PAGE).write_text(page(lab, found, list(drawn)), encoding="utf-8")
     return [folder / PAGE, *(folder / name for name in drawn)]
 
@@ -96,7 +100,7 @@ def _figures(lab: Lab, found: Findings) -> Iterator[tuple[str, plots.Figure]]:
             yield f"lab-methods-{guidance:g}.png", plots.subject_and_style(scores)
             if swept := plots.sweep(scores):
                 yield f"lab-beta-{guidance:g}.png", swept
-        yield f"lab-grid-{guidance:g}.png", plots.grid(lab, guidance, list(lab.protocol.methods))
+        yield f"lab-grid-{guidance:g}.jpg", plots.grid(lab, guidance, list(lab.protocol.methods))
 
 
 def page(lab: Lab, found: Findings, pictures: list[str]) -> str:

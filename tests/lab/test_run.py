@@ -103,7 +103,7 @@ def test_the_report_has_every_gate_and_no_ranking_where_one_fails(finished, tmp_
     assert found.shut(1.0)  # with nothing trained
     paths = report.write(finished, tmp_path)
     page = paths[0].read_text()
-    assert {path.name for path in paths} == {report.PAGE, "lab-grid-1.png"}
+    assert {path.name for path in paths} == {report.PAGE, "lab-grid-1.jpg"}
     assert all(gate.name in page for gate in found.gates)
     assert "no method is ranked" in page
     assert "What LoRAs alone lacked" in page
@@ -125,7 +125,7 @@ def test_with_all_gates_open_methods_are_ranked_by_what_was_found(finished, tmp_
         report.PAGE,
         "lab-methods-1.png",
         "lab-beta-1.png",
-        "lab-grid-1.png",
+        "lab-grid-1.jpg",
     }
     row = next(line for line in page.splitlines() if line.startswith("| style alone |"))
     cells = [cell.split(" (")[0] for cell in row.strip("| ").split(" | ")]
