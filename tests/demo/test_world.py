@@ -34,9 +34,9 @@ def posed(seed, thing, style=None):
     return replace(scene, pose=Pose(), background="white")
 
 
-def differing(one, other):
-    """The share of pixels in which two pictures are plainly not the same."""
-    return (np.abs(one.astype(int) - other).max(-1) > 60).mean()
+def differing(one, other, by=60):
+    """The share of pixels in which two pictures are plainly not the same: levels of 255."""
+    return (np.abs(one.astype(int) - other).max(-1) > by).mean()
 
 
 # Drawing
@@ -80,11 +80,12 @@ def test_every_subject_in_a_style_is_another(style):
 
 @pytest.mark.parametrize("style", NEW_STYLES)
 def test_a_new_style_is_told_from_each_of_the_bases(style):
+    """Least of all where a line of the dim colour's own dark stands for one of ink: 35 levels at the least."""
     scene = posed(1, SUBJECT)
     picture = draw(replace(scene, style=style))
     for other in STYLES:
         same = other == NEW_STYLES[style]
-        assert (differing(picture, draw(replace(scene, style=other))) > 0.01) != same, other
+        assert (differing(picture, draw(replace(scene, style=other)), by=30) > 0.01) != same, other
 
 
 def test_a_new_style_is_not_called_what_it_is_made_of():
