@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -109,8 +110,7 @@ class Assistant:
     def test_ceiling(self, both: str, guidance: float) -> Found:
         """What a LoRA that was taught the true pictures can do."""
         subject, style = both.split(", ")
-        path = str(self.lab.ceiling(subject, style))
-        plan = load_plan(FusionConfig(subject=path, style=path, method="subject"), self.pipe)
+        plan = self._plan_of_one(self.lab.ceiling(subject, style), SUBJECT)
         return self._judged(self._drawn(both, guidance, plan), subject, style, "ceiling", both, guidance)
 
     def measure(self, subject: str, style: str, training: int) -> Found:
@@ -138,8 +138,10 @@ class Assistant:
     # ---- what they share
 
     def _plan_alone(self, words: str, training: int) -> FusionPlan:
-        path, method = str(self.lab.lora(words, training)), SUBJECT if words in self.protocol.subjects else STYLE
-        return load_plan(FusionConfig(subject=path, style=path, method=method), self.pipe)
+        return self._plan_of_one(self.lab.lora(words, training), SUBJECT if words in self.protocol.subjects else STYLE)
+
+    def _plan_of_one(self, file: Path, method: str) -> FusionPlan:
+        return load_plan(FusionConfig(subject=str(file), style=str(file), method=method), self.pipe)
 
     def _alone(self, plan: FusionPlan, seeds: range, *key: Any) -> Found:
         """How often one file draws what it teaches; some of the pictures are kept under a key."""

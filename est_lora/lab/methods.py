@@ -11,7 +11,7 @@ import numpy as np
 from numpy.random import Generator
 
 from est_lora.config import FusionConfig
-from est_lora.gate import NONE, STYLE, SUBJECT, FusionPlan
+from est_lora.gate import NONE, STYLE, SUBJECT, FusionPlan, LayerPlan
 from est_lora.gate.schedule import Segment, Segments
 from est_lora.hosts.diffusers import load_plan
 
@@ -51,10 +51,12 @@ def plan_of(method: dict[str, Any], subject: Path, style: Path, pipe: Any, discr
     if layers_by is None:
         return plan
     rng = np.random.default_rng(seed)
-    layers = tuple(
-        dataclasses.replace(layer, segments=LAYERS_BY[layers_by](rng)) if layer.gated else layer
-        for layer in plan.layers
-    )
+    return _changed(plan, lambda layer: LAYERS_BY[layers_by](rng) if layer.gated else layer.segments)
+
+
+def _changed(plan: FusionPlan, segments: Callable[[LayerPlan], Segments]) -> FusionPlan:
+    """The plan with other segments in its layers."""
+    layers = tuple(dataclasses.replace(layer, segments=segments(layer)) for layer in plan.layers)
     return dataclasses.replace(plan, layers=layers)
 
 
@@ -83,7 +85,4 @@ def halved(plan: FusionPlan, of: str, seed: int) -> FusionPlan:
         seed: of what is left to chance.
     """
     rng = np.random.default_rng(seed)
-    layers = tuple(
-        dataclasses.replace(layer, segments=HALVES[of](layer.segments[0].acts, rng)) for layer in plan.layers
-    )
-    return dataclasses.replace(plan, layers=layers)
+    return _changed(plan, lambda layer: HALVES[of](layer.segments[0].acts, rng))

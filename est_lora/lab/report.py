@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ Measured on the embedded model (64 x 64 pixels), in a world that is drawn by cod
 style the true picture exists. {pairs} pairs ({subjects} subjects x {styles} styles), each with {trainings} pairs of LoRAs
 from different training seeds, ranks and scales, {seeds} pictures of {steps} steps for each pair, method and guidance scale.
 What is compared was fixed in a [file](../est_lora/lab/protocol.json) before this run; smaller ones came before it, to get the
-gates below to hold. All of this, every figure included, is written by two commands:
+gates below to hold, and showed which methods do well. All of this, every figure included, is written by two commands:
 
     est-lora lab run
     est-lora lab report -o docs
@@ -125,13 +125,17 @@ def page(lab: Lab, found: Findings, pictures: list[str]) -> str:
 
 
 def _gate_table(gates: list[Gate]) -> str:
-    rows = ["| gate | guidance | what | at least | measured | holds |", "| --- " * 6 + "|"]
+    rows = []
     for gate in gates:
         guidance = "any" if gate.guidance is None else f"{gate.guidance:g}"
         for name, figure in gate.figures.items():
             holds = "yes" if figure >= gate.least else "**no**"
-            rows.append(f"| {gate.name} | {guidance} | {name} | {gate.least:g} | {figure:.3f} | {holds} |")
-    return "\n".join(rows)
+            rows.append([gate.name, guidance, name, f"{gate.least:g}", f"{figure:.3f}", holds])
+    return _table(["gate", "guidance", "what", "at least", "measured", "holds"], rows)
+
+
+def _table(columns: list[str], rows: Iterable[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows))
 
 
 def _may_rank(found: Findings) -> str:
@@ -156,9 +160,7 @@ def _comparison(found: Findings, pictures: list[str]) -> str:
     parts += ["", "## The comparison", "", _COLUMNS_MEAN]
     for guidance, scores in ranked.items():
         parts += ["", f"### Guidance {guidance:g}", "", _score_table(scores), ""]
-        parts += [
-            f"![{name}]({name})" for name in pictures if name.endswith(f"-{guidance:g}.png") and "grid" not in name
-        ]
+        parts += [f"![{name}]({name})" for name in pictures if name.endswith(f"-{guidance:g}.png")]
     return "\n".join(parts)
 
 
@@ -189,21 +191,20 @@ def _of_halves(guidance: float, alone: dict[str, dict[str, float]]) -> str:
 
 def _half_table(found: Findings) -> str:
     columns = [f"{name}, guidance {guidance:g}" for guidance in found.alone for name in (WHOLE, *HALVES)]
-    rows = [f"| teaches | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
-    for words in next(iter(found.alone.values())):
-        figures = [f"{share:.2f}" for alone in found.alone.values() for share in alone[words].values()]
-        rows.append(f"| {words} | {' | '.join(figures)} |")
-    return "\n".join(rows)
+    rows = [
+        [words, *(f"{share:.2f}" for alone in found.alone.values() for share in alone[words].values())]
+        for words in next(iter(found.alone.values()))
+    ]
+    return _table(["teaches", *columns], rows)
 
 
 def _score_table(scores: list[Score]) -> str:
     columns = ["subject", "style", "harmonic mean", "both right", "parts", "distance", "both, beyond the sum"]
-    rows = [f"| method | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
+    rows = []
     for score in sorted(scores, key=lambda score: -score.both.mean):
         values = (score.subject, score.style, score.harmonic, score.both, score.parts, score.distance)
-        cells = [*map(_told, values), _told(score.gain, "+.2f")]
-        rows.append(f"| {score.method} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+        rows.append([score.method, *map(_told, values), _told(score.gain, "+.2f")])
+    return _table(["method", *columns], rows)
 
 
 def _told(interval: Interval, spelt: str = ".2f") -> str:
@@ -212,26 +213,26 @@ def _told(interval: Interval, spelt: str = ".2f") -> str:
 
 def _ceiling_table(found: Findings) -> str:
     columns = [f"{what}, guidance {guidance:g}" for guidance in found.scores for what in ("subject", "style")]
-    rows = [f"| pair | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
-    for both, by_guidance in found.ceilings.items():
-        figures = [f"{share:.2f}" for shares in by_guidance.values() for share in shares]
-        rows.append(f"| {both} | {' | '.join(figures)} |")
-    return "\n".join(rows)
+    rows = [
+        [both, *(f"{share:.2f}" for shares in by_guidance.values() for share in shares)]
+        for both, by_guidance in found.ceilings.items()
+    ]
+    return _table(["pair", *columns], rows)
 
 
 def _lora_table(found: Findings) -> str:
-    rows = ["| file | teaches | rank | alpha | energy of the update by that of the weights |", "| --- " * 5 + "|"]
-    for name, lora in found.loras.items():
-        rows.append(f"| {name} | {lora['words']} | {lora['rank']} | {lora['alpha']:g} | {lora['share']:.2%} |")
-    return "\n".join(rows)
+    rows = [
+        [name, f"{lora['words']}", f"{lora['rank']}", f"{lora['alpha']:g}", f"{lora['share']:.2%}"]
+        for name, lora in found.loras.items()
+    ]
+    return _table(["file", "teaches", "rank", "alpha", "energy of the update by that of the weights"], rows)
 
 
 def _discrepancy_table(found: Findings) -> str:
     if not found.discrepancies:
         return ""
-    rows = ["Style discrepancies, by the training of the pair:", "", "| subject | style | D |", "| --- | --- | --- |"]
-    pairs = dict.fromkeys(key[:2] for key in found.discrepancies)
-    for subject, style in pairs:
-        values = [value for key, value in found.discrepancies.items() if key[:2] == (subject, style)]
-        rows.append(f"| {subject} | {style} | {', '.join(f'{value:.3f}' for value in values)} |")
-    return "\n".join(rows)
+    rows = []
+    for pair in dict.fromkeys(key[:2] for key in found.discrepancies):
+        values = [value for key, value in found.discrepancies.items() if key[:2] == pair]
+        rows.append([*pair, ", ".join(f"{value:.3f}" for value in values)])
+    return "Style discrepancies, by the training of the pair:\n\n" + _table(["subject", "style", "D"], rows)

@@ -80,12 +80,13 @@ def test_every_subject_in_a_style_is_another(style):
 
 @pytest.mark.parametrize("style", NEW_STYLES)
 def test_a_new_style_is_told_from_each_of_the_bases(style):
-    """Least of all where a line of the dim colour's own dark stands for one of ink: 35 levels at the least."""
     scene = posed(1, SUBJECT)
     picture = draw(replace(scene, style=style))
     for other in STYLES:
         same = other == NEW_STYLES[style]
-        assert (differing(picture, draw(replace(scene, style=other)), by=30) > 0.01) != same, other
+        # A dim colour's own dark is 35 levels from ink at the least, and has only the line to be seen in.
+        by = 30 if NEW_STYLES[style].tone == "dim" and other == replace(NEW_STYLES[style], line="rimmed") else 60
+        assert (differing(picture, draw(replace(scene, style=other)), by) > 0.01) != same, other
 
 
 def test_a_new_style_is_not_called_what_it_is_made_of():
