@@ -9,6 +9,8 @@ python3 run.py test-oldest    runs the tests of what lies below the hosts with t
 python3 run.py benchmark      times pictures of UNets of SD1.5's and SDXL's size without LoRAs and with two, applied in
                               every way there is, and the planning of a pair of files (on a CPU hours, and 20 GB of
                               memory; less of it with what python3 run.py benchmark --help tells)
+python3 run.py benchmark-webui ADDRESS SUBJECT STYLE
+                              times pictures of a running WebUI, with two of its LoRAs and without
 
 What stands after the word is handed on: `python3 run.py demo -o pictures`, `python3 run.py test tests/gate`.
 """
@@ -39,6 +41,7 @@ COMMANDS = {
         [["pytest", *(f"tests/{room}" for room in ROOMS_OF_THE_OLDEST), "tests/test_clock.py", "tests/test_config.py"]],
     ),
     "benchmark": (["-c", "constraints.txt", "-e", ".[dev]"], [["benchmarks"]]),
+    "benchmark-webui": (["-c", "constraints.txt", "-e", ".[dev]"], [["benchmarks.webui"]]),
 }
 
 

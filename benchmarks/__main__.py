@@ -8,13 +8,12 @@ import importlib.util
 import json
 import os
 import platform
-import re
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import diffusers
 import torch
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from benchmarks import measure
 from benchmarks.bounds import judged
 from benchmarks.chart import draw
+from benchmarks.command import Parser, choice, cpu, ended, folder_for_results, whole
 from benchmarks.tables import markdown
 from benchmarks.unets import SIZES, Size, attention_projections, build, write_pair
 from benchmarks.ways import WAYS
@@ -35,32 +35,13 @@ _PICTURES = {"cpu": 1, "cuda": 5}
 _LEFT_OUT = "0: leave this part out"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise EstLoraError(f"{message}; see {self.prog} --help.")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; returns 0, 2 for what a user can mend (one sentence on stderr), 130 for Ctrl-C."""
-    try:
-        text, folder = _run(_parser().parse_args(arguments))
-    except EstLoraError as error:
-        print(f"benchmark: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, a folder that can't be written to
-        where = f"{quote(error.filename)} can't be used: " if error.filename else ""
-        print(f"benchmark: {where}{error.strerror or reason(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("benchmark: interrupted.", file=sys.stderr)
-        return 130
-    print(text)
-    print(f"Written to {folder.resolve()}.")
-    return 0
+    """Runs the benchmark; returns what `command.ended` does."""
+    return ended(lambda: _run(_parser().parse_args(arguments)))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="benchmark",
         allow_abbrev=False,
         description="Times whole pictures of a UNet without LoRA, with est-lora, and with other ways of applying two LoRAs,"
@@ -103,29 +84,26 @@ def _by_device(values: Mapping[str, int]) -> str:
 
 
 def _run(args: argparse.Namespace) -> tuple[str, Path]:
-    sizes = [_choice("unets", name, SIZES) for name in dict.fromkeys(args.unets)]
-    ranks = [_whole("ranks", text, 1, 1024) for text in dict.fromkeys(args.ranks)]
+    sizes = [choice("unets", name, SIZES) for name in dict.fromkeys(args.unets)]
+    ranks = [whole("ranks", text, 1, 1024) for text in dict.fromkeys(args.ranks)]
     for name in args.ways:
-        _choice("ways", name, WAYS)
+        choice("ways", name, WAYS)
     asked = [name for name in WAYS if name in args.ways]
     left_out = [WAYS[name].title for name in asked if WAYS[name].missing]
-    steps, repeats = _whole("steps", args.steps, 0, 1000), _whole("repeats", args.repeats, 0, 10_000)
+    steps, repeats = whole("steps", args.steps, 0, 1000), whole("repeats", args.repeats, 0, 10_000)
     if not steps and not repeats:
         raise EstLoraError("With --steps 0 and --repeats 0 there is nothing to measure: leave one of them out.")
-    together = _whole("together", args.together, 1, 100)
-    batch = _whole("batch", args.batch, 1, 64)
+    together = whole("together", args.together, 1, 100)
+    batch = whole("batch", args.batch, 1, 64)
     device = _device(args.device)
     ways = [name for name in asked if not WAYS[name].missing and (device.type == "cuda" or not WAYS[name].on_gpu)]
-    pictures = _whole("pictures", args.pictures or str(_PICTURES[device.type]), 1, 1000)
-    latents = _whole("latents", args.latents or str(_LATENTS[device.type]), 8, 512, of=8)
-    _choice("clock", args.clock, measure.CLOCKS)
+    pictures = whole("pictures", args.pictures or str(_PICTURES[device.type]), 1, 1000)
+    latents = whole("latents", args.latents or str(_LATENTS[device.type]), 8, 512, of=8)
+    choice("clock", args.clock, measure.CLOCKS)
     if args.clock == "cpu" and (device.type != "cpu" or torch.get_num_threads() != 1):
         raise EstLoraError("--clock cpu says how long something takes on one thread only: set OMP_NUM_THREADS=1.")
-    dtype = _choice("dtype", args.dtype or ("float16" if device.type == "cuda" else "float32"), _DTYPES)
-    folder = Path(args.output)
-    if folder.exists() and not folder.is_dir():
-        raise EstLoraError(f"The results can't go to {quote(folder)}: that is a file; give a folder with -o.")
-    folder.mkdir(parents=True, exist_ok=True)
+    dtype = choice("dtype", args.dtype or ("float16" if device.type == "cuda" else "float32"), _DTYPES)
+    folder = folder_for_results(args.output)
 
     settings = {"steps": steps, "pictures": pictures, "together": together, "repeats": repeats, "batch": batch}
     settings |= {"clock": args.clock, "dtype": str(dtype).removeprefix("torch.")}
@@ -170,7 +148,7 @@ def _bar(size: Size, rank: int, what: str, total: int) -> Any:
 
 def _machine(device: torch.device) -> dict[str, Any]:
     return {
-        "cpu": _cpu(),
+        "cpu": cpu(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "system": f"{platform.system()} {platform.release()}",
@@ -184,27 +162,6 @@ def _machine(device: torch.device) -> dict[str, Any]:
         # Of the last quarter of an hour: what exceeds the threads was something else's.
         "load": round(os.getloadavg()[2], 1) if hasattr(os, "getloadavg") else None,
     }
-
-
-def _cpu() -> str:
-    try:
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def _whole(name: str, text: str, low: int, high: int, of: int = 1) -> int:
-    if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high or int(text) % of:
-        multiple = f", a multiple of {of}" if of > 1 else ""
-        raise EstLoraError(f"--{name} can't be {quote(text)}: it is a whole number from {low} to {high}{multiple}.")
-    return int(text)
-
-
-def _choice(name: str, text: str, choices: dict[str, Any]) -> Any:
-    if text not in choices:
-        raise EstLoraError(f"--{name} can't be {quote(text)}: it is one of {', '.join(choices)}.")
-    return choices[text]
 
 
 def _device(text: str) -> torch.device:

@@ -33,13 +33,13 @@ def markdown(result: Mapping[str, Any]) -> str:
     for (unet, rank), group in groupby(result["pictures"], lambda row: (row["unet"], row["rank"])):
         rows = list(group)
         parts += [f"## {unet}, rank {rank}\n", f"{_setting(rows[0], settings)}\n"]
-        parts += [_table(_columns(rows), rows)]
+        parts += [table(_columns(rows), rows)]
     if result["left_out"]:
         parts += [f"Left out, because a package isn't installed: {', '.join(result['left_out'])}.\n"]
     if result["bounds"]:
-        parts += ["## Bounds\n", _table(_BOUNDS, result["bounds"])]
+        parts += ["## Bounds\n", table(_BOUNDS, result["bounds"])]
     if result["planning"]:
-        parts += ["## Planning\n", _PLANNING, _table(_PLANS, result["planning"])]
+        parts += ["## Planning\n", _PLANNING, table(_PLANS, result["planning"])]
     return "\n".join(parts)
 
 
@@ -52,6 +52,11 @@ def place(machine: Mapping[str, Any]) -> str:
 def ratio(value: Mapping[str, float]) -> str:
     """A ratio with its interval."""
     return f"{value['value']:.3f} ({value['low']:.3f} ... {value['high']:.3f})"
+
+
+def spread(value: Mapping[str, float]) -> str:
+    """A median with its quartiles."""
+    return f"{value['median']:.3f} ({value['first_quartile']:.3f} ... {value['third_quartile']:.3f})"
 
 
 def _circumstances(machine: Mapping[str, Any]) -> str:
@@ -103,13 +108,12 @@ _PLANS: Columns = {
     "rank": lambda row: row["rank"],
     "what": lambda row: row["what"],
     "ms": lambda row: f"{row['seconds']['median'] * 1000:.4g}",
-    "x reading": lambda row: (
-        f"{row['ratio']['median']:.3f} ({row['ratio']['first_quartile']:.3f} ... {row['ratio']['third_quartile']:.3f})"
-    ),
+    "x reading": lambda row: spread(row["ratio"]),
 }
 
 
-def _table(columns: Columns, rows: Sequence[Mapping[str, Any]]) -> str:
+def table(columns: Columns, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows under the names of `columns`."""
     lines = [list(columns), ["---"] * len(columns)]
     lines += [[str(cell(row)) for cell in columns.values()] for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
