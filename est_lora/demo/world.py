@@ -124,15 +124,15 @@ def paint(scene: Scene, inks_of_parts: Sequence[Inks]) -> np.ndarray:
         if inks.line is not None:  # half of it will be under the part
             for corners in polygons:
                 brush.line([*corners, *corners[:2]], inks.line, round(2 * LINE * SCALE), joint="curve")
-        if inks.pattern is None:
-            for corners in polygons:
-                brush.polygon(corners, inks.ground)
-        else:
+        for corners in polygons:
+            brush.polygon(corners, inks.ground)
+        if inks.pattern is not None:
             mask = Image.new("L", canvas.size)
             for corners in polygons:
                 ImageDraw.Draw(mask).polygon(corners, 255)
-            canvas.paste(inks.ground, mask=mask)
-            canvas.paste(inks.figure, mask=ImageChops.darker(mask, pattern(inks.pattern)))
+            if (box := mask.getbbox()) is not None:
+                cut = ImageChops.darker(mask.crop(box), pattern(inks.pattern).crop(box))
+                canvas.paste(inks.figure, box, cut)
     return np.asarray(canvas.reduce(SCALE))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +14,11 @@ import numpy as np
 from PIL import Image
 
 from est_lora.config import FusionConfig
+from est_lora.demo.model import LORAS
 from est_lora.demo.study import extractor
 from est_lora.demo.styles import COLOURS
 from est_lora.demo.things import THINGS
-from est_lora.demo.train import train_lora
+from est_lora.demo.train import Recipe, train_lora
 from est_lora.demo.world import Pose
 from est_lora.discrepancy import Memory
 from est_lora.gate import STYLE, SUBJECT, FusionPlan
@@ -85,8 +87,22 @@ class Assistant:
     def train_lora(self, name: str) -> Found:
         """One of the lab's files."""
         words, recipe = self.lab.recipes[name]
-        share = train_lora(words, recipe, self.lab.folder / "loras" / name, self.lab.base, save_every=recipe.steps)
+        path = self.lab.folder / "loras" / name
+        if self.protocol.embedded and self.lab.base is None and recipe == Recipe() and words in LORAS:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(LORAS[words], path)
+            share = self._share(path)
+        else:
+            share = train_lora(words, recipe, path, self.lab.base, save_every=recipe.steps)
         return {"words": words, "rank": recipe.rank, "alpha": recipe.alpha, "share": share}
+
+    def _share(self, path: Path) -> float:
+        """`||dW||^2 / ||W||^2` over the layers of a LoRA."""
+        layers = self._plan_of_one(path, SUBJECT).layers
+        weights = [self.pipe.unet.get_submodule(layer.layer.name).weight for layer in layers]
+        return sum(layer.energy_subject or 0.0 for layer in layers) / sum(
+            float(each.detach().square().sum()) for each in weights
+        )
 
     # ---- testing
 

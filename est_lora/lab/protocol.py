@@ -54,6 +54,8 @@ class Protocol:
         methods: by name what `FusionConfig` takes; `beta` may be `measured`, and `layers_by` says how layers are
             chosen where the gate doesn't.
         gates: what has to be reached before methods are ranked.
+        embedded: whether LoRAs that are part of the project are taken as they are, where they were trained by the very
+            recipe, instead of being trained again.
     """
 
     subjects: tuple[str, ...]
@@ -69,6 +71,7 @@ class Protocol:
     guidances: tuple[float, ...]
     methods: dict[str, dict[str, Any]]
     gates: dict[str, float]
+    embedded: bool = False
 
     @classmethod
     def read(cls, path: Path) -> Protocol:

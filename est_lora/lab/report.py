@@ -19,13 +19,8 @@ _PAGE = """\
 # Does the gate balance subject and style?
 
 Measured on the embedded model (64 x 64 pixels), in a world that is drawn by code, so that of every subject in every
-style the true picture exists. {pairs} pairs ({subjects} subjects x {styles} styles), each with {trainings} pairs of LoRAs
-from different training seeds, ranks and scales, {seeds} pictures of {steps} steps for each pair, method and guidance scale.
-What is compared was fixed in a [file](../est_lora/lab/protocol.json) before this run; smaller ones came before it, to get the
-gates below to hold, and showed which methods do well. All of this, every figure included, is written by two commands:
-
-    est-lora lab run
-    est-lora lab report -o docs
+style the true picture exists. {pairs} pairs ({subjects} subjects x {styles} styles), each with {trainings}, {seeds} pictures of {steps} steps for each pair, method and guidance scale.
+{made}
 
 It is a toy: what holds here may not hold for SDXL. Two classifiers say whether a picture has the right subject and the
 right style; they were trained on drawn pictures and on such that only look right: the colours without the parts, the parts
@@ -64,6 +59,19 @@ How often one LoRA that was taught a pair's true pictures has the subject, and t
 {discrepancies}
 """
 
+
+_TRAINED = """{trainings} pairs of LoRAs
+from different training seeds, ranks and scales"""
+_EMBEDDED = "the LoRAs that are part of this project"
+_FULLY = """\
+What is compared was fixed in a [file](../est_lora/lab/protocol.json) before this run; smaller ones came before it, to get the
+gates below to hold, and showed which methods do well. All of this, every figure included, is written by two commands:
+
+    est-lora lab run
+    est-lora lab report -o docs"""
+_QUICKLY = """\
+This is the quick run, `est-lora lab run --quick`, which tells less than the full one: what it trains, it trains for so short
+a time that not all of the gates below are likely to hold."""
 
 _COLUMNS_MEAN = """\
 Shares of pictures, with 95 % intervals over pairs, each with the pictures of all its trainings and sampling seeds. Parts:
@@ -110,11 +118,12 @@ def page(lab: Lab, found: Findings, pictures: list[str]) -> str:
         pairs=len(protocol.subjects) * len(protocol.styles),
         subjects=len(protocol.subjects),
         styles=len(protocol.styles),
-        trainings=len(protocol.trainings),
+        trainings=_EMBEDDED if protocol.embedded else _TRAINED.format(trainings=len(protocol.trainings)),
+        made=_QUICKLY if protocol.embedded else _FULLY,
         seeds=protocol.sampling_seeds,
         steps=protocol.steps,
         gates=_gate_table(found.gates),
-        may_rank=_may_rank(found),
+        may_rank=_may_rank(found) if protocol.embedded else _may_rank(found) + _tried(found),
         comparison=_comparison(found, pictures),
         halves=_half_table(found),
         grids="\n\n".join(f"![{name}]({name})" for name in pictures if "grid" in name),
@@ -145,9 +154,11 @@ def _may_rank(found: Findings) -> str:
             parts.append(f"- **Guidance {guidance:g}: not all of them hold ({shut}), so no method is ranked.**")
         else:
             parts.append(f"- Guidance {guidance:g}: all of them hold, so methods are compared.")
-    if any(map(found.shut, found.scores)):
-        parts += ["", _TRIED]
     return "\n".join(parts)
+
+
+def _tried(found: Findings) -> str:
+    return f"\n\n{_TRIED}" if any(map(found.shut, found.scores)) else ""
 
 
 def _comparison(found: Findings, pictures: list[str]) -> str:

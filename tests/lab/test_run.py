@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 
 from est_lora import cli
+from est_lora.demo.model import LORAS
 from est_lora.demo.train import Recipe
 from est_lora.errors import EstLoraError
 from est_lora.gate import STYLE, SUBJECT
-from est_lora.lab import registration, report
+from est_lora.lab import assistant, registration, report
 from est_lora.lab.assistant import Assistant
 from est_lora.lab.findings import Findings
 from est_lora.lab.folder import PROTOCOL, Records, open_lab, reopen_lab
@@ -92,13 +94,29 @@ def test_files_are_trained_as_the_protocol_says(finished):
     assert all(entry["share"] > 0 for entry in trained.values())
 
 
+def test_in_the_quick_run_files_that_are_there_are_not_trained_again(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(assistant, "train_lora", lambda words, *more, **how: trained.append(words) or 0.5)
+    lab = open_lab(tmp_path, QUICK)
+    found = {name: Assistant(lab).train_lora(name) for name in lab.recipes}
+    assert sorted(trained) == sorted(map(", ".join, lab.protocol.kinds))
+    for words, path in LORAS.items():
+        copied = lab.lora(words, 0)
+        assert copied.read_bytes() == path.read_bytes()
+        assert 0.02 < found[copied.name]["share"] < 0.15
+    trained.clear()
+    monkeypatch.setattr(lab, "protocol", dataclasses.replace(lab.protocol, embedded=False))
+    Assistant(lab).train_lora("mipo-0.safetensors")
+    assert trained == ["mipo creature"]
+
+
 def test_methods_draw_different_pictures(finished):
     pair = finished.protocol.pairs[0]
     strips = {finished.picture("cell", *pair, method, 1.0).read_bytes() for method in ("style alone", "sum 1/1")}
     assert len(strips) == 2
 
 
-def test_the_report_has_every_gate_and_no_ranking_where_one_fails(finished, tmp_path):
+def test_the_report_has_every_gate_and_no_ranking_where_one_fails(finished, tmp_path, monkeypatch):
     found = Findings.of(finished)
     assert found.shut(1.0)  # with nothing trained
     paths = report.write(finished, tmp_path)
@@ -107,7 +125,12 @@ def test_the_report_has_every_gate_and_no_ranking_where_one_fails(finished, tmp_
     assert all(gate.name in page for gate in found.gates)
     assert "no method is ranked" in page
     assert "What LoRAs alone lacked" in page
+    assert "est-lora lab report -o docs" in page
     assert "both right" not in page
+    monkeypatch.setattr(finished, "protocol", dataclasses.replace(finished.protocol, embedded=True))
+    page = report.write(finished, tmp_path)[0].read_text()
+    assert "est-lora lab run --quick" in page
+    assert "What LoRAs alone lacked" not in page
     assert all(name in page for name in re.findall(r"\]\((lab-[^)]*)\)", page))
 
 
