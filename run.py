@@ -25,12 +25,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 ROOMS_OF_THE_OLDEST = ("lora", "gate", "fusion", "discrepancy")
+# Tests of one file share what is costly to make.
+PARALLEL = ["--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile"]
 # What to install, and the modules to run with their arguments; the last one gets what the user adds.
 COMMANDS = {
     "demo": (["-c", "constraints.txt", "-e", ".[demo]"], [["est_lora", "demo"]]),
     "test": (
         ["-c", "constraints.txt", "-e", ".[dev]"],
-        [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], ["pytest"]],
+        [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], ["pytest", *PARALLEL]],
     ),
     "lab": (["-c", "constraints.txt", "-e", ".[dev]"], [["est_lora", "lab", "run"]]),
     "test-oldest": (
