@@ -22,9 +22,12 @@ class FakeWebUI(ThreadingHTTPServer):
         self.address = f"http://127.0.0.1:{self.server_port}"
         self.requests = []
         self.said = {"EST-LoRA subject": "cat", "EST-LoRA style": "ink"}
-        self.routes = {"/sdapi/v1/options": {"sd_model_checkpoint": "a checkpoint"}, "/est-lora/v1/plan": self.plan}
+        self.routes = {"/sdapi/v1/options": self.options, "/est-lora/v1/plan": self.plan}
         self.thread = threading.Thread(target=self.serve_forever)
         self.thread.start()
+
+    def options(self, query):
+        return 200, {"sd_model_checkpoint": "a checkpoint"}
 
     def plan(self, query):
         if query["subject"] != ["cat"]:
@@ -40,10 +43,8 @@ class FakeWebUI(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         url = urlsplit(self.path)
-        known = self.server.routes.get(url.path, (404, {"detail": "Not Found"}))
-        self.answer(
-            *(known(parse_qs(url.query)) if callable(known) else known if isinstance(known, tuple) else (200, known))
-        )
+        route = self.server.routes.get(url.path, lambda query: (404, {"detail": "Not Found"}))
+        self.answer(*route(parse_qs(url.query)))
 
     def do_POST(self):
         self.answer(*self.server.draw(json.loads(self.rfile.read(int(self.headers["Content-Length"])))))

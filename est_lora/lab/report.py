@@ -123,7 +123,7 @@ def page(lab: Lab, found: Findings, pictures: list[str]) -> str:
         seeds=protocol.sampling_seeds,
         steps=protocol.steps,
         gates=_gate_table(found.gates),
-        may_rank=_may_rank(found) if protocol.embedded else _may_rank(found) + _tried(found),
+        may_rank=_may_rank(found, tried=not protocol.embedded),
         comparison=_comparison(found, pictures),
         halves=_half_table(found),
         grids="\n\n".join(f"![{name}]({name})" for name in pictures if "grid" in name),
@@ -147,18 +147,16 @@ def _table(columns: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows))
 
 
-def _may_rank(found: Findings) -> str:
+def _may_rank(found: Findings, *, tried: bool) -> str:
     parts = []
     for guidance in found.scores:
         if shut := ", ".join(dict.fromkeys(gate.name for gate in found.shut(guidance))):
             parts.append(f"- **Guidance {guidance:g}: not all of them hold ({shut}), so no method is ranked.**")
         else:
             parts.append(f"- Guidance {guidance:g}: all of them hold, so methods are compared.")
+    if tried and any(map(found.shut, found.scores)):
+        parts += ["", _TRIED]
     return "\n".join(parts)
-
-
-def _tried(found: Findings) -> str:
-    return f"\n\n{_TRIED}" if any(map(found.shut, found.scores)) else ""
 
 
 def _comparison(found: Findings, pictures: list[str]) -> str:
