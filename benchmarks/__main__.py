@@ -22,11 +22,12 @@ from tqdm import tqdm
 from benchmarks import measure
 from benchmarks.bounds import judged
 from benchmarks.chart import draw
-from benchmarks.command import Parser, choice, cpu, ended, folder_for_results, whole
+from benchmarks.machine import cpu
 from benchmarks.tables import markdown
 from benchmarks.unets import SIZES, Size, attention_projections, build, write_pair
 from benchmarks.ways import WAYS
 from est_lora import __version__
+from est_lora.command import Parser, ended, output_folder, whole
 from est_lora.errors import EstLoraError, quote, reason
 
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
@@ -37,7 +38,7 @@ _LEFT_OUT = "0: leave this part out"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns what `command.ended` does."""
-    return ended(lambda: _run(_parser().parse_args(arguments)))
+    return ended("benchmark", lambda: _run(_parser().parse_args(arguments)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,11 +84,11 @@ def _by_device(values: Mapping[str, int]) -> str:
     return f"(default {values['cpu']}; on cuda {values['cuda']})"
 
 
-def _run(args: argparse.Namespace) -> tuple[str, Path]:
-    sizes = [choice("unets", name, SIZES) for name in dict.fromkeys(args.unets)]
+def _run(args: argparse.Namespace) -> None:
+    sizes = [_choice("unets", name, SIZES) for name in dict.fromkeys(args.unets)]
     ranks = [whole("ranks", text, 1, 1024) for text in dict.fromkeys(args.ranks)]
     for name in args.ways:
-        choice("ways", name, WAYS)
+        _choice("ways", name, WAYS)
     asked = [name for name in WAYS if name in args.ways]
     left_out = [WAYS[name].title for name in asked if WAYS[name].missing]
     steps, repeats = whole("steps", args.steps, 0, 1000), whole("repeats", args.repeats, 0, 10_000)
@@ -98,12 +99,13 @@ def _run(args: argparse.Namespace) -> tuple[str, Path]:
     device = _device(args.device)
     ways = [name for name in asked if not WAYS[name].missing and (device.type == "cuda" or not WAYS[name].on_gpu)]
     pictures = whole("pictures", args.pictures or str(_PICTURES[device.type]), 1, 1000)
-    latents = whole("latents", args.latents or str(_LATENTS[device.type]), 8, 512, of=8)
-    choice("clock", args.clock, measure.CLOCKS)
+    latents = whole("latents", args.latents or str(_LATENTS[device.type]), 8, 512, multiple=8)
+    _choice("clock", args.clock, measure.CLOCKS)
     if args.clock == "cpu" and (device.type != "cpu" or torch.get_num_threads() != 1):
         raise EstLoraError("--clock cpu says how long something takes on one thread only: set OMP_NUM_THREADS=1.")
-    dtype = choice("dtype", args.dtype or ("float16" if device.type == "cuda" else "float32"), _DTYPES)
-    folder = folder_for_results(args.output)
+    dtype = _choice("dtype", args.dtype or ("float16" if device.type == "cuda" else "float32"), _DTYPES)
+    folder = output_folder(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
 
     settings = {"steps": steps, "pictures": pictures, "together": together, "repeats": repeats, "batch": batch}
     settings |= {"clock": args.clock, "dtype": str(dtype).removeprefix("torch.")}
@@ -130,7 +132,14 @@ def _run(args: argparse.Namespace) -> tuple[str, Path]:
                     result["bounds"] += [{**about, **row} for row in judged(rows, on_gpu=device.type == "cuda")]
             text = _written({"machine": _machine(device), **result}, folder)  # what is done survives an interrupt
         del model  # before the next one takes its place
-    return text, folder
+    print(text)
+    print(f"Written to {folder.resolve()}.")
+
+
+def _choice(name: str, text: str, choices: Mapping[str, Any]) -> Any:
+    if text not in choices:
+        raise EstLoraError(f"--{name} can't be {quote(text)}: it is one of {', '.join(choices)}.")
+    return choices[text]
 
 
 def _written(result: Mapping[str, Any], folder: Path) -> str:

@@ -15,15 +15,15 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.command import Parser, cpu, ended, folder_for_results, whole
+from benchmarks.machine import cpu
 from benchmarks.measure import row
 from benchmarks.tables import Columns, spread, table
 from est_lora import __version__
+from est_lora.command import Parser, ended, output_folder, whole
 from est_lora.errors import EstLoraError, quote, reason
 
 TITLE = "EST-LoRA"
@@ -45,7 +45,7 @@ host encodes the prompt and exchanges LoRAs. "{again}": the same request again. 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns what `command.ended` does."""
-    return ended(lambda: _run(_parser().parse_args(arguments)))
+    return ended("benchmark", lambda: _run(_parser().parse_args(arguments)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,13 +67,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(args: argparse.Namespace) -> tuple[str, Path]:
+def _run(args: argparse.Namespace) -> None:
     rounds = whole("rounds", args.rounds, 1, 1000)
-    steps, side = whole("steps", args.steps, 1, 1000), whole("side", args.side, 64, 4096, of=64)
+    steps, side = whole("steps", args.steps, 1, 1000), whole("side", args.side, 64, 4096, multiple=64)
     webui = WebUI(args.address)
     planned = webui.get("/est-lora/v1/plan", subject=args.subject, style=args.style)  # which refuses what won't work
     checkpoint = webui.get("/sdapi/v1/options")["sd_model_checkpoint"]
-    folder = folder_for_results(args.output)
+    folder = output_folder(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
 
     def draw(way: str) -> float:
         return webui.seconds(_request(way, args.subject, args.style, steps, side))
@@ -92,7 +93,8 @@ def _run(args: argparse.Namespace) -> tuple[str, Path]:
     text = _markdown(result)
     (folder / "WEBUI.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (folder / "WEBUI.md").write_text(text, encoding="utf-8")
-    return text, folder
+    print(text)
+    print(f"Written to {folder.resolve()}.")
 
 
 class WebUI:

@@ -13,13 +13,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from est_lora import __version__
+from est_lora.command import Parser, ended, output_folder, whole
 from est_lora.config import FIELDS, FILES, FusionConfig
 from est_lora.errors import EstLoraError, quote, reason
 
-_EXIT_BAD_INPUT, _EXIT_INTERRUPTED = 2, 130
 _SIZE = re.compile(r"(\d{1,5})(?:x(\d{1,5}))?", re.ASCII)
 _SEEDS = re.compile(r"\s*(\d{1,20})(?:-(\d{1,20}))?\s*", re.ASCII)
 _MOST_SEED, _MOST_PICTURES = 2**63, 100_000
@@ -28,48 +28,29 @@ _NEEDS_LAB = _NEEDS_DEMO.replace("[demo]", "[lab]")
 _LAB = "est-lora-lab"
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence instead of two paragraphs."""
-
-    def error(self, message: str) -> NoReturn:
-        raise EstLoraError(f"{message}; see {self.prog} --help.")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 2 for what a user can mend (one sentence on stderr), 130 for Ctrl-C."""
+    """Runs a command; returns what `command.ended` does."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would remark on packages that nobody here needs
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="est-lora: %(message)s", level=logging.WARNING)
-    try:
-        args = _parser().parse_args(arguments)
-        args.run(args)
-        sys.stdout.flush()
-    except EstLoraError as error:
-        print(f"est-lora: {error}", file=sys.stderr)
-        return _EXIT_BAD_INPUT
-    except BrokenPipeError:  # a reader that has seen enough, as in `est-lora inspect ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:  # a full disk, a folder that can't be written to
-        where = f"{quote(error.filename)} can't be used: " if error.filename else ""
-        print(f"est-lora: {where}{error.strerror or reason(error)}", file=sys.stderr)
-        return _EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print("est-lora: interrupted.", file=sys.stderr)
-        return _EXIT_INTERRUPTED
-    return 0
+    return ended("est-lora", lambda: _run(_parser().parse_args(arguments)))
+
+
+def _run(args: argparse.Namespace) -> None:
+    args.run(args)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="est-lora",
         allow_abbrev=False,
         description="Fuses a subject LoRA with a style LoRA while the picture is made: in each layer, at each noise"
         " level, a gate picks one of the two.",
     )
     parser.add_argument("--version", action="version", version=f"est-lora {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
 
     demo = commands.add_parser("demo", help="draw a contact sheet with the embedded model", allow_abbrev=False)
     demo.description = "Draws the same seeds with the embedded model: base, each LoRA alone, their sum, EST-LoRA."
@@ -79,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
     lab = commands.add_parser("lab", help="how well fusions do, measured with the embedded model", allow_abbrev=False)
     lab.description = "Trains LoRAs, draws with them by every method, judges the pictures, and reports."
-    parts = lab.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    parts = lab.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     lab_run = parts.add_parser("run", help="make all of it, or go on with it", allow_abbrev=False)
     lab_run.add_argument("-o", "--output", default=_LAB, metavar="DIR", help=f"where it is kept (default {_LAB})")
     lab_run.add_argument("--quick", action="store_true", help="a smaller one, of a quarter of an hour, that tells less")
@@ -192,23 +173,8 @@ def _config(args: argparse.Namespace) -> FusionConfig:
     return FusionConfig.of({key: value for key, value in given.items() if value is not None})
 
 
-def _whole(args: argparse.Namespace, name: str, low: int, high: int, multiple: int = 1) -> int:
-    text = getattr(args, name)
-    if not re.fullmatch(r"[0-9]{1,20}", text) or not low <= int(text) <= high or int(text) % multiple:
-        kind = "a whole number" if multiple == 1 else f"a multiple of {multiple}"
-        raise EstLoraError(f"--{name} can't be {quote(text)}: it is {kind} from {low} to {high}.")
-    return int(text)
-
-
-def _output(args: argparse.Namespace) -> Path:
-    folder = Path(args.output)
-    if folder.exists() and not folder.is_dir():
-        raise EstLoraError(f"The pictures can't go to {quote(folder)}: that is a file; give a folder with -o.")
-    return folder
-
-
 def _demo(args: argparse.Namespace) -> None:
-    seed, folder = _whole(args, "seed", 0, 2**63), _output(args)
+    seed, folder = whole("seed", args.seed, 0, 2**63), output_folder(args.output)
     try:
         from est_lora.demo.show import demo
     except ImportError as error:
@@ -218,7 +184,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _lab_run(args: argparse.Namespace) -> None:
-    folder = _output(args)
+    folder = output_folder(args.output)
     try:
         from est_lora.lab import report
         from est_lora.lab.folder import open_lab
@@ -227,7 +193,7 @@ def _lab_run(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise EstLoraError("The lab " + _NEEDS_LAB.format(error.name)) from error
     lab = open_lab(folder, QUICK if args.quick else FULL)
-    run(lab, _whole(args, "jobs", 1, 1024))
+    run(lab, whole("jobs", args.jobs, 1, 1024))
     for path in report.write(lab, folder / "report"):
         print(path)
 
@@ -238,7 +204,7 @@ def _lab_report(args: argparse.Namespace) -> None:
         from est_lora.lab.folder import reopen_lab
     except ImportError as error:
         raise EstLoraError("The lab " + _NEEDS_LAB.format(error.name)) from error
-    for path in report.write(reopen_lab(Path(args.folder)), _output(args)):
+    for path in report.write(reopen_lab(Path(args.folder)), output_folder(args.output)):
         print(path)
 
 
@@ -280,7 +246,7 @@ def _save_map(plan: Any, path: Path) -> None:
 
 def _measure(args: argparse.Namespace) -> None:
     wishes: dict[str, Any] = {
-        name: _whole(args, name, *bounds)
+        name: whole(name, getattr(args, name), *bounds)
         for name, bounds in {"seed": (0, _MOST_SEED), "side": (8, 2048, 8), "steps": (1, 150)}.items()
         if getattr(args, name) is not None
     }
@@ -329,8 +295,8 @@ def _output_file(args: argparse.Namespace) -> Path | None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    fusion, folder = _config(args), _output(args)
-    steps, guidance = _whole(args, "steps", 1, 1000), _guidance(args.guidance)
+    fusion, folder = _config(args), output_folder(args.output)
+    steps, guidance = whole("steps", args.steps, 1, 1000), _guidance(args.guidance)
     seeds, size = _seeds(args), _size(args.size)
     try:
         from est_lora.hosts.generate import Request, generate
@@ -363,8 +329,8 @@ def _generate(args: argparse.Namespace) -> None:
 def _seeds(args: argparse.Namespace) -> Sequence[int]:
     """The seeds asked for, each once."""
     if args.seeds is None:
-        seed = 0 if args.seed is None else _whole(args, "seed", 0, _MOST_SEED)
-        count = 1 if args.count is None else _whole(args, "count", 1, _MOST_PICTURES)
+        seed = 0 if args.seed is None else whole("seed", args.seed, 0, _MOST_SEED)
+        count = 1 if args.count is None else whole("count", args.count, 1, _MOST_PICTURES)
         return range(seed, seed + count)
     if args.seed is not None or args.count is not None:
         raise EstLoraError("--seeds says it all: leave --seed and --count out, or leave --seeds out.")

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "est_lora"
 BELOW_HOSTS = {
     "errors": set(),
+    "command": {"errors"},
     "config": {"errors"},
     "clock": set(),
     "lora": {"errors"},

@@ -107,7 +107,7 @@ def train_lora(
     device: str = "cpu",
     workers: int = 0,
     save_every: int = 400,
-) -> float:
+) -> None:
     """Trains a LoRA on the UNet's attention projections and writes it as kohya's scripts do.
 
     Args:
@@ -118,9 +118,6 @@ def train_lora(
         device: where.
         workers: processes that draw pictures.
         save_every: steps between checkpoints.
-
-    Returns:
-        `||dW||^2 / ||W||^2` over the adapted layers.
     """
     torch.manual_seed(recipe.seed)
     pipe = load_pipeline(base).to(device)
@@ -129,11 +126,9 @@ def train_lora(
     pipe.unet.add_adapter(LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=ATTENTION))
     names = [name for name, p in pipe.unet.named_parameters() if p.requires_grad]
     factors = nn.ParameterList([pipe.unet.get_parameter(name) for name in names])
-    shares = []
 
     def export(average: nn.Module) -> None:
-        state = dict(zip(names, average.parameters(), strict=True))
-        shares.append(save_kohya(pipe.unet, state, recipe, output))
+        save_kohya(pipe.unet, dict(zip(names, average.parameters(), strict=True)), recipe, output)
 
     fit = Fit(
         first=0,
@@ -146,10 +141,9 @@ def train_lora(
         checkpoint=_checkpoint(output),
     )
     fit.run(pipe, factors, lesson(words, recipe.seed, recipe.batch), export)
-    return shares[-1]
 
 
-def save_kohya(unet: UNet2DConditionModel, factors: dict[str, torch.Tensor], recipe: Recipe, output: Path) -> float:
+def save_kohya(unet: UNet2DConditionModel, factors: dict[str, torch.Tensor], recipe: Recipe, output: Path) -> None:
     """Writes LoRA factors under kohya's names in float16.
 
     Args:
@@ -157,9 +151,6 @@ def save_kohya(unet: UNet2DConditionModel, factors: dict[str, torch.Tensor], rec
         factors: its LoRA parameters by PEFT's names.
         recipe: `rank` and `alpha` are used.
         output: the file.
-
-    Returns:
-        `||dW||^2 / ||W||^2` over the adapted layers.
     """
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for name, factor in get_peft_model_state_dict(unet, state_dict=factors).items():
@@ -167,14 +158,11 @@ def save_kohya(unet: UNet2DConditionModel, factors: dict[str, torch.Tensor], rec
         layers.setdefault(layer, {})[side] = factor.detach().to("cpu", torch.float32)
 
     tensors: dict[str, torch.Tensor] = {}
-    update = whole = 0.0
     for layer, sides in layers.items():
         name = "lora_unet_" + layer.replace(".", "_")
         tensors[f"{name}.lora_down.weight"] = sides["lora_A"].half().contiguous()
         tensors[f"{name}.lora_up.weight"] = sides["lora_B"].half().contiguous()
         tensors[f"{name}.alpha"] = torch.tensor(recipe.alpha).half()
-        update += (sides["lora_B"] @ sides["lora_A"] * recipe.alpha / recipe.rank).square().sum().item()
-        whole += unet.get_submodule(layer).get_base_layer().weight.square().sum().item()
     metadata = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(recipe.rank),
@@ -183,7 +171,6 @@ def save_kohya(unet: UNet2DConditionModel, factors: dict[str, torch.Tensor], rec
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, output, metadata)
-    return update / whole
 
 
 def _checkpoint(output: Path) -> Path:
@@ -194,8 +181,7 @@ def _checkpoint(output: Path) -> Path:
 
 def _lora(args: argparse.Namespace) -> None:
     recipe = Recipe(args.rank, args.alpha, args.lr, args.steps, args.batch, args.ema, args.seed)
-    share = train_lora(args.words, recipe, args.output, args.base, args.device, args.workers, args.save_every)
-    print(f"{args.output}: ||dW||^2 is {share:.2%} of ||W||^2")
+    train_lora(args.words, recipe, args.output, args.base, args.device, args.workers, args.save_every)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -91,10 +91,9 @@ class Assistant:
         if self.protocol.embedded and self.lab.base is None and recipe == Recipe() and words in LORAS:
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(LORAS[words], path)
-            share = self._share(path)
         else:
-            share = train_lora(words, recipe, path, self.lab.base, save_every=recipe.steps)
-        return {"words": words, "rank": recipe.rank, "alpha": recipe.alpha, "share": share}
+            train_lora(words, recipe, path, self.lab.base, save_every=recipe.steps)
+        return {"words": words, "rank": recipe.rank, "alpha": recipe.alpha, "share": self._share(path)}
 
     def _share(self, path: Path) -> float:
         """`||dW||^2 / ||W||^2` over the layers of a LoRA."""

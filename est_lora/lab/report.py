@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ _PAGE = """\
 # Does the gate balance subject and style?
 
 Measured on the embedded model (64 x 64 pixels), in a world that is drawn by code, so that of every subject in every
-style the true picture exists. {pairs} pairs ({subjects} subjects x {styles} styles), each with {trainings}, {seeds} pictures of {steps} steps for each pair, method and guidance scale.
+style the true picture exists. {pairs} pairs ({subjects} x {styles}), each with {trainings}, {seeds} pictures of {steps} steps for each pair, method and guidance scale.
 {made}
 
 It is a toy: what holds here may not hold for SDXL. Two classifiers say whether a picture has the right subject and the
@@ -111,13 +111,17 @@ def _figures(lab: Lab, found: Findings) -> Iterator[tuple[str, plots.Figure]]:
         yield f"lab-grid-{guidance:g}.jpg", plots.grid(lab, guidance, list(lab.protocol.methods))
 
 
+def _number(words: Sequence[str], kind: str) -> str:
+    return f"{len(words)} {kind}" + ("s" if len(words) > 1 else "")
+
+
 def page(lab: Lab, found: Findings, pictures: list[str]) -> str:
     """The page's text; `pictures` are the names of its figures."""
     protocol = lab.protocol
     return _PAGE.format(
         pairs=len(protocol.subjects) * len(protocol.styles),
-        subjects=len(protocol.subjects),
-        styles=len(protocol.styles),
+        subjects=_number(protocol.subjects, "subject"),
+        styles=_number(protocol.styles, "style"),
         trainings=_EMBEDDED if protocol.embedded else _TRAINED.format(trainings=len(protocol.trainings)),
         made=_QUICKLY if protocol.embedded else _FULLY,
         seeds=protocol.sampling_seeds,
