@@ -48,6 +48,7 @@ class Running:
         self.seconds = 0.0
         self.settings: dict[str, object] = {}
         self._family = ""
+        self._found = self.api.get_options().get("sd_model_checkpoint")
 
     @property
     def loras(self) -> Path:
@@ -56,7 +57,9 @@ class Running:
 
     def checkpoint(self, family: str, seed: int = 0) -> Path:
         """The path of a checkpoint of ours; it is written where it isn't there yet."""
-        path = self.folder / "models" / "Stable-diffusion" / f"{_MARK}-{family}-{seed}.safetensors"
+        # Forge doesn't load one whose name it has had since before the file was there: each run of the tests has its own.
+        name = f"{_MARK}-{family}-{seed}-{os.getpid()}.safetensors"
+        path = self.folder / "models" / "Stable-diffusion" / name
         if not path.is_file():
             write = write_sdxl if family == "sdxl" else write_sd15
             write(path, tiny=not self.is_forge, seed=seed)
@@ -134,7 +137,9 @@ class Running:
         return requests.get(f"{self.address}/est-lora/v1/{route}", params=query, timeout=_PATIENCE_S)
 
     def tidy_up(self) -> None:
-        """Takes our files out of the host's folders."""
+        """Takes our files out of the host's folders, and has it use the checkpoint again that it used before."""
+        if self._found in {model["title"] for model in self.api.get_sd_models()}:
+            self.api.set_options({"sd_model_checkpoint": self._found})
         shutil.rmtree(self.loras, ignore_errors=True)
         for path in (self.folder / "models" / "Stable-diffusion").glob(f"{_MARK}-*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

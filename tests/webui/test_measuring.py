@@ -119,7 +119,8 @@ def test_nothing_is_saved_of_it(probed, sd15):
         return {path for path in probed.folder.glob("output*/**/*") if path.is_file()}
 
     before = files()
-    _, saw, info = seen(probed, *pair(probed), n_iter=2, save_images=True, override_settings={"samples_save": True})
+    saving = {"samples_save": True, "grid_save": False}
+    _, saw, info = seen(probed, *pair(probed), n_iter=2, save_images=True, override_settings=saving)
     made = files() - before
     try:
         assert len(saw["areas"]) == 2 * STEPS + 2 * 4
