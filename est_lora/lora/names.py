@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 UNET = "unet"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -214,6 +214,7 @@ class Name:
     original: bool
 
 
+@lru_cache(1 << 12)  # two files mostly have the same names
 def read_name(text: str, layout: UNetLayout) -> Name | None:
     """The layer that a file calls `text` (a key without its `.lora_down.weight` or the like), or None."""
     convention = "peft" if _WRAPPER in text else "diffusers"

@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 Numbers = dict[str, float]
 _PIECE = 1 << 16
 # Factors that are so short, and squares that sum to a number in this range, lose no more than the 7th digit in float32.
-_SHORT, _LEAST, _MOST = 2048, 1e-20, 1e30
+_SHORT, _LEAST, _MOST = 2048, 1e-10, 1e18
 
 
 class Factors(NamedTuple):
@@ -42,10 +42,10 @@ class Factors(NamedTuple):
         up, down = self.up.flatten(1), self.down.flatten(1)
         if max(len(up), down.shape[1]) <= _SHORT and up.element_size() < 8 and down.element_size() < 8:
             up_32, down_32 = up.float(), down.float()
-            grams = (up_32.T @ up_32).double().flatten(), (down_32 @ down_32.T).double().flatten()
-            energy, rank = float(torch.dot(*grams)), len(down)
-            traces = [float(gram[:: rank + 1].sum()) for gram in grams]
-            if min(traces) > _LEAST and max(traces) < _MOST and 4 * rank * energy > traces[0] * traces[1]:
+            grams = up_32.T @ up_32, down_32 @ down_32.T
+            energy = float((grams[0] * grams[1]).sum(dtype=torch.float64))
+            traces = [float(gram.trace()) for gram in grams]
+            if min(traces) > _LEAST and max(traces) < _MOST and 4 * len(down) * energy > traces[0] * traces[1]:
                 return energy * self.scale * self.scale
         (up, up_peak), (down, down_peak) = _in_float64(up), _in_float64(down)
         energy = float(torch.dot((up.T @ up).flatten(), (down @ down.T).flatten()))
