@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.webui.pictures import HIRES, est, furthest, pair
+from tests.webui.pictures import HIRES, est, furthest, pair, sampler
 
 SAMPLERS = [
     *("Euler", "Heun", "DPM2 a", "DPM++ 2M Karras", "DPM++ SDE", "DPM adaptive", "UniPC", "DDIM", "LCM"),
@@ -17,24 +17,17 @@ def expected(t):
     return min(max(1 - t / (TRAINED - 1), 0), 1)
 
 
-def sampler(name):
-    name, karras, _ = name.partition(" Karras")
-    return {"sampler_name": name, "scheduler": "Karras" if karras else "Automatic"}
-
-
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_tau_is_that_of_the_call(probed, sd15, name):
-    known = [each["name"] for each in probed.api.get_samplers()]
-    if name.removesuffix(" Karras") not in known:
-        pytest.skip(f"this WebUI has no sampler {name}")
+    drawn_by = sampler(probed, name)
     subject, style = pair(probed)
     steps = 2 if name == "DPM adaptive" else 5
-    seen = probed.seen(est=est(subject, style), probe={}, steps=steps, **sampler(name))
+    seen = probed.seen(est=est(subject, style), probe={}, steps=steps, **drawn_by)
     assert len(seen["calls"]) >= 2
     for t, tau in seen["calls"]:
         assert tau == pytest.approx(expected(t), abs=1e-6)
     if name != "DPM adaptive":
-        knobs = {"est": est(subject, style), "steps": steps, **sampler(name)}
+        knobs = {"est": est(subject, style), "steps": steps, **drawn_by}
         assert furthest(probed.picture(**knobs), probed.picture(**knobs)) == 0
 
 
@@ -52,7 +45,7 @@ def test_a_second_pass_begins_late(probed, family):
 def test_the_published_clock_counts_steps(probed, sd15, name):
     subject, style = pair(probed)
     knobs = est(subject, style, clock="step")
-    seen = probed.seen(est=knobs, probe={}, steps=8, **sampler(name))
+    seen = probed.seen(est=knobs, probe={}, steps=8, **sampler(probed, name))
     taus = [tau for _, tau in seen["calls"]]
     assert all(later > earlier - 1e-6 for earlier, later in zip(taus, taus[1:]))
     assert taus[0] == pytest.approx(0, abs=0.02)
@@ -61,6 +54,6 @@ def test_the_published_clock_counts_steps(probed, sd15, name):
 
 def test_a_sampler_without_steps_keeps_the_timestep_clock(probed, sd15):
     subject, style = pair(probed)
-    seen = probed.seen(est=est(subject, style, clock="step"), probe={}, steps=4, sampler_name="DPM fast")
+    seen = probed.seen(est=est(subject, style, clock="step"), probe={}, steps=4, **sampler(probed, "DPM fast"))
     for t, tau in seen["calls"]:
         assert tau == pytest.approx(expected(t), abs=1e-6)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.webui.pictures import FILES, HIRES, est, furthest, pair
+from tests.webui.pictures import FILES, HIRES, est, furthest, pair, sampler
 from tests.webui.test_restore import clean  # noqa: F401
 
 # Without "DPM adaptive", which chooses its steps by how far two guesses are apart: it turns a rounding error into others.
@@ -47,13 +47,12 @@ def test_both_engines_draw_the_same(clean, family, how, payload):  # noqa: F811
     assert saw["hash"] == looked["hash"]
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_with_every_sampler(probed, sd15, sampler):
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_with_every_sampler(probed, sd15, name):
+    drawn_by = sampler(probed, name)
     knobs = est(*pair(probed))
-    if sampler not in [each["name"] for each in probed.api.get_samplers()]:
-        pytest.skip(f"this WebUI has no {sampler}")
-    merged, saw = drawn(probed, knobs, "auto", sampler_name=sampler, steps=6)
-    branched, _ = drawn(probed, knobs, "branch", sampler_name=sampler, steps=6)
+    merged, saw = drawn(probed, knobs, "auto", steps=6, **drawn_by)
+    branched, _ = drawn(probed, knobs, "branch", steps=6, **drawn_by)
     assert saw["merged"] > 0
     assert furthest(merged, branched) <= 1
 
