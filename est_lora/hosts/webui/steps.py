@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from est_lora import clock
 
@@ -65,7 +67,7 @@ def _taus(sampler: str, scheduler: str | None, steps: int) -> tuple[list[float],
     if sd_models.model_data.sd_model is None:  # some schedules ask what it is, and that would load it
         return [], False
     config = sd_samplers.find_sampler_config(sampler)
-    schedule = _schedule()
+    schedule = _Schedule()
     asks = SimpleNamespace(config=config, model_wrap=schedule)
     job = _job(scheduler)
     has_sigmas = False
@@ -93,12 +95,28 @@ def _has_list(name: str, k_diffusion: Any) -> bool:
     return True
 
 
-def _schedule() -> Any:
-    from k_diffusion.external import DiscreteSchedule
+class _Schedule:
+    """The noise levels of Stable Diffusion 1 and XL, with as much of k-diffusion's schedule as the hosts' samplers ask for.
 
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, _TIMESTEPS, dtype=torch.float64) ** 2
-    alphas = torch.cumprod(1 - betas, 0)
-    return DiscreteSchedule(((1 - alphas) / alphas).sqrt().float(), quantize=False)
+    A time is a position among the levels, and between two of them the logarithm of sigma is linear in it.
+    """
+
+    def __init__(self) -> None:
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, _TIMESTEPS, dtype=torch.float64) ** 2
+        alphas = torch.cumprod(1 - betas, 0)
+        self.sigmas = ((1 - alphas) / alphas).sqrt().float()
+        self.log_sigmas = self.sigmas.log()
+        self.sigma_min, self.sigma_max = self.sigmas[0], self.sigmas[-1]
+
+    def get_sigmas(self, n: int) -> Tensor:
+        times = torch.linspace(_TIMESTEPS - 1, 0, n)
+        return torch.cat([self.t_to_sigma(times), torch.zeros(1)])
+
+    def sigma_to_t(self, sigma: Tensor) -> Tensor:
+        return torch.as_tensor(np.interp(sigma.log(), self.log_sigmas, np.arange(_TIMESTEPS))).float()
+
+    def t_to_sigma(self, t: Tensor) -> Tensor:
+        return torch.as_tensor(np.interp(t, np.arange(_TIMESTEPS), self.log_sigmas)).float().exp()
 
 
 def _job(scheduler: str | None) -> Any:
