@@ -123,11 +123,13 @@ def _beside(p: Any) -> Iterator[None]:
 
 def _reset_model(p: Any, forge_objects: Any) -> None:
     """What the host sets on the model at a job's beginning, as `p` has it."""
-    from modules import processing, sd_hijack, sd_models
-
     if forge_objects is not None:
+        from modules import processing
+
         p.sd_model.forge_objects = forge_objects
         processing.apply_circular_forge(p.sd_model, p.tiling)
     else:
+        from modules import sd_hijack, sd_models
+
         sd_hijack.model_hijack.apply_circular(p.tiling)
         sd_models.apply_token_merging(p.sd_model, p.get_token_merging_ratio())

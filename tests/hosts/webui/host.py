@@ -114,10 +114,8 @@ class WebUI:
         processing, devices = ModuleType("modules.processing"), ModuleType("modules.devices")
         processing.StableDiffusionProcessingTxt2Img = lambda **knobs: Processing(self, **knobs)
         processing.process_images = self.process_images
-        processing.apply_circular_forge = lambda sd_model, tiling: self.tilings.append(tiling)
         devices.device = "cpu"
-        hijack, queue = ModuleType("modules.sd_hijack"), ModuleType("modules.call_queue")
-        hijack.model_hijack = SimpleNamespace(apply_circular=self.tilings.append)
+        queue = ModuleType("modules.call_queue")
         queue.queue_lock = nullcontext()
         extra = ModuleType("modules.ui_extra_networks")
         extra.extra_pages = []
@@ -137,13 +135,18 @@ class WebUI:
             paths,
             processing,
             devices,
-            hijack,
             queue,
             extra,
             fakes.shared_module(),
             self.networks,
             *sampler_modules(),
         ]
+        if self.is_forge:
+            processing.apply_circular_forge = lambda sd_model, tiling: self.tilings.append(tiling)
+        else:  # Forge has both, Forge Neo hasn't
+            hijack = ModuleType("modules.sd_hijack")
+            hijack.model_hijack = SimpleNamespace(apply_circular=self.tilings.append)
+            named.append(hijack)
         self.modules = {module.__name__: module for module in named}
         models = self.modules["modules.sd_models"]
         models.model_data = self

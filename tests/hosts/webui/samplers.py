@@ -180,16 +180,13 @@ def sampler_modules() -> list[ModuleType]:
     sigmas.KDiffusionSampler = SigmaSampler
     sigmas.k_diffusion = SimpleNamespace(sampling=SimpleNamespace(euler=euler, heun=heun, adaptive=adaptive))
     timesteps.samplers_data_timesteps, timesteps.CompVisSampler = [_CONFIGS["DDIM"]], TimestepSampler
-    library, external = ModuleType("k_diffusion"), ModuleType("k_diffusion.external")
-    external.DiscreteSchedule = Schedule
-    return [models, samplers, sigmas, timesteps, library, external]
+    return [models, samplers, sigmas, timesteps]
 
 
 class Schedule:
     """k-diffusion's."""
 
-    def __init__(self, sigmas: Tensor, quantize: bool) -> None:
-        assert not quantize
+    def __init__(self, sigmas: Tensor) -> None:
         self.sigmas = sigmas
 
     def sigma_to_t(self, sigma: Tensor) -> Tensor:
@@ -217,7 +214,7 @@ class SigmaSampler(Sampler):
 
     def __init__(self, func: Any) -> None:
         self.func = func
-        self.model_wrap = Schedule(SIGMAS, quantize=False)
+        self.model_wrap = Schedule(SIGMAS)
 
     def get_sigmas(self, p: Processing, steps: int) -> Tensor:
         if _is_flow(p):
