@@ -172,7 +172,7 @@ def test_what_is_hidden_is_hidden_from_all(panel):
 def test_tab_goes_through_the_panel_in_order(panel):
     keys_of = "return document.activeElement.closest('[id*=\"_estlora_\"]')?.id.split('_estlora_')[1]"
     panel.set("beta_kind", "measured")  # after Reload UI it is what the settings say, and for the tests they do
-    panel.until(lambda: panel.is_there(panel.id("measure_now")), "it can be measured")
+    panel.until(lambda: not panel.is_there(panel.id("beta_number")), "no number is asked for")
     panel.run("document.querySelector(arguments[0]).focus()", f"{panel.id('enabled')}-visible-checkbox")
     met = []
     for _ in range(80):

@@ -226,7 +226,16 @@ def test_presets(page, chosen):
     page.until(lambda: "forgotten" in page.text("said"), "it is deleted")
 
 
-def test_a_grid_over_methods(page, webui, chosen, shoot):
+@pytest.fixture
+def lossless(webui):
+    """Grids as they are: Forge Neo makes a JPEG of them."""
+    before = webui.api.get_options()["grid_format"]
+    webui.api.set_options({"grid_format": "png"})
+    yield
+    webui.api.set_options({"grid_format": before})
+
+
+def test_a_grid_over_methods(page, webui, chosen, shoot, lossless):
     page.grid("[EST] Method", "est, k-lora, sum, subject, style", "[EST] Lean", "-0.5, 0, 0.5")
     grid = page.draw()
     assert grid.shape[0] > 3 * 64
