@@ -88,10 +88,11 @@ def has_list(sample: Any) -> bool:
 
 
 def _has_list(name: str, k_diffusion: Any) -> bool:
+    sampling = getattr(k_diffusion, "sampling", None) or k_diffusion.k_diffusion.sampling  # the first is reForge's
     for label, function, *_ in k_diffusion.samplers_k_diffusion:
         if label == name:
-            named = function if callable(function) else getattr(k_diffusion.k_diffusion.sampling, function)
-            return has_list(named)
+            named = function if callable(function) else getattr(sampling, function, None)
+            return named is None or has_list(named)
     return True
 
 

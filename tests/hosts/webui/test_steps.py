@@ -62,6 +62,18 @@ def test_a_sampler_without_a_list_has_no_steps(web, sampler, clock):
     assert Sampling(sampler, "Automatic", 5).taus(clock) == []
 
 
+def test_samplers_where_reforge_has_them(web, monkeypatch):
+    """k-diffusion's under another name, and some in a module of the host's own."""
+    module = web.modules["modules.sd_samplers_kdiffusion"]
+    before = Sampling("Euler", "Automatic", 5).taus("timestep")
+    monkeypatch.setattr(module, "sampling", module.k_diffusion.sampling, raising=False)
+    monkeypatch.delattr(module, "k_diffusion")
+    assert Sampling("Euler", "Automatic", 5).taus("timestep") == before
+    assert Sampling("DPM adaptive", "Automatic", 5).taus("timestep") == []
+    monkeypatch.delattr(module.sampling, "euler")
+    assert Sampling("Euler", "Automatic", 5).taus("timestep") == before
+
+
 @pytest.mark.parametrize("steps", [0, -1])
 @pytest.mark.parametrize("clock", ["timestep", "step"])
 def test_no_steps_are_none(web, steps, clock):
